@@ -3,9 +3,10 @@
 // The nine activations and their gradients, one element at a time: the only place of the CPU
 // backends where the formulas are written down. Vectorised code is tested against this.
 //
-// Gradients follow torch where the function has a kink: relu passes nothing at 0, a clamp passes
-// the gradient at exactly its limit, and what is not passed is 0 whatever the incoming value (a
-// select, not a product, so a NaN does not get through). NaN and infinities take torch's course.
+// Gradients follow torch where the function has a kink: relu passes nothing at 0, and what is not
+// passed is 0 whatever the incoming value (a select, not a product, so a NaN does not get through).
+// A clamp passes the gradient at exactly its limit, as torch 2.9 does (2.15 passes 0 there), and
+// none to a NaN. NaN and infinities take torch's course through every formula.
 // sigmoid(-x) stands for 1 - sigmoid(x) and erfc for 1 + erf, because the differences cancel.
 #pragma once
 
@@ -88,7 +89,7 @@ Acc pass_relu(Acc x, Acc gradient) {
   return x <= Acc(0) ? Acc(0) : gradient;
 }
 
-// torch.clamp: a NaN stays NaN, and gets no gradient because it is not inside the limits.
+// A NaN stays NaN.
 template <typename Acc>
 Acc clamp_above(Acc x, Acc limit) {
   return x > limit ? limit : x;

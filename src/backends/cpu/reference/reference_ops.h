@@ -2,7 +2,7 @@
 //
 // The reference backend's operations, one per entry of the table in backend/ops.h. Single-threaded
 // loops without scratch; every sum runs in order of its index, in accumulator_of(dtype), and is
-// rounded once when stored. reference_backend.cc puts them into the table.
+// rounded once when stored. reference_backend.cpp puts them into the table.
 #pragma once
 
 #include "backend/ops.h"

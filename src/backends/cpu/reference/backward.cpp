@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The experts' backward operations that follow the rows: dH, A' and the scores' gradient from dO,
-// and dX~ from dH. The weights' gradients are in weight_gradient.cc.
+// and dX~ from dH. The weights' gradients are in weight_gradient.cpp.
 #include <cstdint>
 #include <span>
 
