@@ -42,7 +42,7 @@ if ! fetch -qq >"$dest/apt.log" 2>&1; then
   fi
 fi
 dpkg-deb -x "$dest"/googletest_*.deb "$dest"
-rm -rf "$dest"/googletest_*.deb "$dest/apt"
+rm -rf "$dest"/googletest_*.deb "$dest/apt" "$dest/apt.log"
 if [[ ! -f "$dest/$inside" ]]; then
   echo "get_googletest: the package googletest holds no $inside" >&2
   exit 1

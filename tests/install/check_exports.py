@@ -33,7 +33,7 @@ def exported(library: Path) -> set[str]:
 
 def base_name(symbol: str) -> str:
     """penstock::f for penstock::f(int), penstock::C for a member or the type information of C."""
-    return SPECIAL.sub("", symbol).split("(")[0]
+    return re.sub(r"\[abi:\w+\]", "", SPECIAL.sub("", symbol)).split("(")[0]
 
 
 def main() -> int:
