@@ -29,7 +29,8 @@ export PATH := $(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-cpp test-asan test-tsan test-python test-oldest lint format wheel clean
+.PHONY: help train test test-cpp test-asan test-tsan test-python test-oldest build-cuda lint format \
+        wheel clean
 
 help:
 	@echo 'make train        build, install into .venv, train a small MoE language model'
@@ -38,6 +39,7 @@ help:
 	@echo '                  test-oldest'
 	@echo 'make lint         formats, includes, sizes;  make format rewrites what can be rewritten'
 	@echo 'make wheel        dist/penstock-*.whl'
+	@echo 'make build-cuda   compile the CUDA backend (needs nvcc)'
 	@echo 'make clean        remove everything that was set up or built here'
 	@echo 'PYTHON=python3.12 chooses the interpreter, JOBS=2 the number of compilers at a time'
 
@@ -121,6 +123,10 @@ test-tsan: $(VENV)/.tools-$(HASH)
 	cmake --preset cpu-tsan
 	cmake --build --preset cpu-tsan
 	ctest --preset cpu-tsan
+
+build-cuda: $(VENV)/.tools-$(HASH)
+	cmake --preset cuda -DPENSTOCK_BUILD_TESTS=OFF
+	cmake --build --preset cuda
 
 # ---- Python tests ----
 
