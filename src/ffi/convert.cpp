@@ -171,6 +171,11 @@ ExpertsProblem problem_of(const Config& config, const Problem& problem) {
   result.row_capacity = problem.get<5>();
   result.dtype = dtype_of(problem.get<6>());
   result.device = device_of(problem.get<7>(), problem.get<8>());
+  const std::string rows = text(problem.get<9>());
+  if (rows != "routed" && rows != "dispatched") {
+    refuse("rows", "'" + rows + "'", "routed or dispatched", "Check the spelling");
+  }
+  result.rows = rows == "routed" ? RowSource::routed : RowSource::dispatched;
   return result;
 }
 

@@ -31,9 +31,9 @@ using Config = ffi::Tuple<ffi::String, ffi::String, ffi::String, ffi::String, do
 using CallContext = ffi::Tuple<ffi::String, int64_t, int64_t, int64_t, ffi::String, ffi::String>;
 
 // num_tokens, hidden_size, intermediate_size, num_experts, num_slots, row_capacity, dtype,
-// device type, device index
+// device type, device index, "routed" or "dispatched"
 using Problem = ffi::Tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, ffi::String,
-                           ffi::String, int64_t>;
+                           ffi::String, int64_t, ffi::String>;
 
 // expert_counts, expert_offsets, row_to_token, row_to_slot, slot_to_row, token_offsets,
 // dropped_slots; then top_k
