@@ -5,9 +5,9 @@
 //
 //   penstock_fast_bench [ISA|all] [THREADS] [fp32|bf16|fp16] [T,d,n,E,K ...]
 //
-// Prints GFLOP/s per product and for the layer (6 R n d forward, 12 R n d backward).
+// Prints milliseconds (median), GFLOP/s, and GFLOP per second of processor time, which says what
+// one core does even where other programs run; 6 R n d forward and 12 R n d backward.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -58,11 +58,27 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-double milliseconds(const Operation& operation, Layer& layer, const Runner& runner) {
-  const auto begin = std::chrono::steady_clock::now();
+Time time_of(const Operation& operation, Layer& layer, Runner runner) {
+  Time time;
+  runner.time = &time;
   operation.run(layer, runner);
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
-      .count();
+  return time;
+}
+
+Time median_of(std::vector<Time> times) {
+  const auto median = [&](double Time::*member) {
+    std::sort(times.begin(), times.end(),
+              [&](const Time& a, const Time& b) { return a.*member < b.*member; });
+    return times[times.size() / 2].*member;
+  };
+  return {median(&Time::wall), median(&Time::processor)};
+}
+
+void print_line(const char* name, Time time, double megaflops) {
+  std::printf("  %-24s %9.3f ms", name, time.wall);
+  if (megaflops > 0.0)
+    std::printf("  %7.1f GFLOP/s  %7.1f a core", megaflops / time.wall, megaflops / time.processor);
+  std::printf("\n");
 }
 
 // Multiply-adds of an operation, in units of R n d.
@@ -93,26 +109,23 @@ void time_layer(const LayerSpec& spec, const Backend& backend, int32_t threads) 
   Layer layer(spec);
   const Runner runner = {&backend, threads};
   constexpr int kRepetitions = 5;
-  std::vector<std::vector<double>> times(operations().size());
+  std::vector<std::vector<Time>> times(operations().size());
   for (int repetition = 0; repetition <= kRepetitions; ++repetition) {
     for (size_t i = 0; i < operations().size(); ++i) {
-      const double time = milliseconds(operations()[i], layer, runner);
+      const Time time = time_of(operations()[i], layer, runner);
       if (repetition > 0) times[i].push_back(time);
     }
   }
   const double rows = layer.offsets.get(spec.experts);
   const double unit = 2e-6 * rows * static_cast<double>(spec.intermediate * spec.hidden);
-  double total = 0.0;
+  Time total;
   for (size_t i = 0; i < times.size(); ++i) {
-    std::sort(times[i].begin(), times[i].end());
-    const double median = times[i][kRepetitions / 2];
-    total += median;
-    std::printf("  %-24s %9.3f ms", operations()[i].name, median);
-    const int count = products(operations()[i].name);
-    if (count > 0) std::printf("  %7.1f GFLOP/s", count * unit / median);
-    std::printf("\n");
+    const Time median = median_of(times[i]);
+    total.wall += median.wall;
+    total.processor += median.processor;
+    print_line(operations()[i].name, median, products(operations()[i].name) * unit);
   }
-  std::printf("  %-24s %9.3f ms  %7.1f GFLOP/s\n", "layer", total, 9 * unit / total);
+  print_line("layer", total, 9 * unit);
 }
 
 int run(const Options& options) {
@@ -121,8 +134,7 @@ int run(const Options& options) {
     const Backend backend = fast_backend_on(isa);
     for (LayerSpec spec : options.shapes) {
       spec.dtype = options.dtype;
-      std::printf("%s, %d threads, %s\n", fast::name_of(isa), options.threads,
-                  spec.name().c_str());
+      std::printf("%s, %d threads, %s\n", fast::name_of(isa), options.threads, spec.name().c_str());
       failures += check(spec, backend, options.threads);
       time_layer(spec, backend, options.threads);
       std::fflush(stdout);

@@ -43,8 +43,9 @@ Layout layout_of(const GemmKernels& gemm, const Tiling& tiling, const ProductExt
   const int64_t packed_rows = std::min(pack_rows(gemm), rows);
   const int64_t cols = std::min(tiling.cols, extents.n);
   Layout layout;
-  layout.a_panel_stride = round_up(words * gemm.mr + gemm.a_panel_spill, kLine);
-  layout.b_panel_stride = round_up(words * gemm.nr + gemm.b_panel_spill, kLine);
+  // One line more than needed: panels a power of two apart would fight for the same cache sets.
+  layout.a_panel_stride = round_up(words * gemm.mr + gemm.a_panel_spill, kLine) + kLine;
+  layout.b_panel_stride = round_up(words * gemm.nr + gemm.b_panel_spill, kLine) + kLine;
   layout.b_begin = blocks_of(packed_rows, gemm.mr) * layout.a_panel_stride;
   layout.c_begin =
       layout.b_begin + extents.num_bands * blocks_of(cols, gemm.nr) * layout.b_panel_stride;
@@ -143,10 +144,8 @@ Tiling Multiplication::choose_tiling(int32_t threads) const {
   const Tiling largest = largest_tiling(gemm_, product_.num_bands);
   if (threads == 1) return largest;
   const int64_t unit = kColumnUnit / product_.num_bands;
-  const Tiling candidates[] = {largest,
-                               {largest.rows, 2 * unit},
-                               {pack_rows(gemm_), 2 * unit},
-                               {pack_rows(gemm_), unit}};
+  const Tiling candidates[] = {
+      largest, {largest.rows, 2 * unit}, {pack_rows(gemm_), 2 * unit}, {pack_rows(gemm_), unit}};
   for (const Tiling& tiling : candidates) {
     constexpr int64_t kTasksPerThread = 4;
     const int64_t tasks = count_row_blocks(tiling.rows) * blocks_of(product_.n, tiling.cols);
@@ -173,7 +172,8 @@ ProductExtents Multiplication::largest_extents() const {
   for (const RowBlock& block : row_blocks_) {
     extents.m = std::max(extents.m, m_of(block.expert));
     for (int32_t s = 0; s < product_.num_segments; ++s)
-      extents.k = std::max(extents.k, k_of(product_.segments[static_cast<size_t>(s)], block.expert));
+      extents.k =
+          std::max(extents.k, k_of(product_.segments[static_cast<size_t>(s)], block.expert));
   }
   return extents;
 }
@@ -316,10 +316,9 @@ void multiply_groups(const GroupedProduct& product, const Epilogue& epilogue, Wo
   const int64_t room = std::max<int64_t>(1, scratch.bytes / 4 / std::max<int64_t>(1, words));
   const int32_t threads = static_cast<int32_t>(std::min<int64_t>(room, runtime.threads));
   auto* const base = static_cast<uint32_t*>(scratch.data);
-  parallel_for(threads_worth(threads, multiplication.work()), multiplication.num_tasks(),
-               [&](int64_t task, int32_t worker) {
-                 multiplication.run_task(task, base + worker * words);
-               });
+  parallel_for(
+      threads_worth(threads, multiplication.work()), multiplication.num_tasks(),
+      [&](int64_t task, int32_t worker) { multiplication.run_task(task, base + worker * words); });
 }
 
 }  // namespace penstock::cpu::fast

@@ -36,7 +36,7 @@ class ExpertRows {
  private:
   ExpertRows() = default;
 
-  const int32_t* counts_ = nullptr;   // null: one group
+  const int32_t* counts_ = nullptr;  // null: one group
   const int32_t* offsets_ = nullptr;
   int64_t num_experts_ = 1;
   int64_t capacity_ = 0;

@@ -55,8 +55,8 @@ void read_vector(const GroupedVector& vector, int64_t expert, int64_t begin, int
                  float* to) {
   visit_floating(vector.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const T* from = static_cast<const T*>(vector.data) + expert * vector.expert_stride +
-                    begin * vector.stride;
+    const T* from =
+        static_cast<const T*>(vector.data) + expert * vector.expert_stride + begin * vector.stride;
     for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(load(from[i * vector.stride]));
   });
 }

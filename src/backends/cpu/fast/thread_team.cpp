@@ -135,9 +135,8 @@ class IdleTeams {
 
   std::shared_ptr<Team> take(int32_t helpers) {
     const std::lock_guard lock(mutex_);
-    const auto found = std::find_if(idle_.rbegin(), idle_.rend(), [&](const auto& team) {
-      return team->helpers() == helpers;
-    });
+    const auto found = std::find_if(idle_.rbegin(), idle_.rend(),
+                                    [&](const auto& team) { return team->helpers() == helpers; });
     if (found == idle_.rend()) return nullptr;
     auto team = *found;
     idle_.erase(std::next(found).base());
@@ -180,10 +179,10 @@ std::shared_ptr<Team> start_team(int32_t helpers) {
   try {
     return Team::start(helpers);
   } catch (const std::system_error& error) {
-    throw Error(ErrorCode::device_error,
-                {"threads of the fast CPU backend", error.what(),
-                 std::to_string(helpers) + " more threads",
-                 "Ask for fewer threads, or raise the limit on the process's threads."});
+    throw Error(
+        ErrorCode::device_error,
+        {"threads of the fast CPU backend", error.what(), std::to_string(helpers) + " more threads",
+         "Ask for fewer threads, or raise the limit on the process's threads."});
   }
 }
 

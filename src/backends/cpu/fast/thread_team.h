@@ -15,8 +15,8 @@ namespace penstock::cpu::fast {
 class TaskFunction {
  public:
   template <typename Function>
-    requires(!std::is_same_v<std::remove_cvref_t<Function>, TaskFunction>)
-  TaskFunction(const Function& function)  // implicit: callers pass a lambda
+  requires(!std::is_same_v<std::remove_cvref_t<Function>, TaskFunction>)
+      TaskFunction(const Function& function)  // implicit: callers pass a lambda
       : object_(&function), call_([](const void* object, int64_t task, int32_t worker) {
           (*static_cast<const Function*>(object))(task, worker);
         }) {}

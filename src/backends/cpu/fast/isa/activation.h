@@ -51,9 +51,7 @@ template <typename V>
 struct GeluTanh {
   using F = typename V::F;
   static F scale() { return V::broadcast(1.59576912f); }
-  static F argument(F x) {
-    return scale() * V::fma(V::broadcast(0.044715f) * x * x, x, x);
-  }
+  static F argument(F x) { return scale() * V::fma(V::broadcast(0.044715f) * x * x, x, x); }
   static F value(F x) { return x * Math<V>::sigmoid(argument(x)).value; }
   static Plain<V> both(F x) {
     const auto s = Math<V>::sigmoid(argument(x));
@@ -84,9 +82,7 @@ struct Single {
 template <typename V, template <typename> typename Function>
 struct Gated {
   using F = typename V::F;
-  static F forward(const ActivationParams&, F gate, F up) {
-    return Function<V>::value(gate) * up;
-  }
+  static F forward(const ActivationParams&, F gate, F up) { return Function<V>::value(gate) * up; }
   static Gradient<V> gradient(const ActivationParams&, F gate, F up, F gradient) {
     const Plain<V> f = Function<V>::both(gate);
     return {f.value * up, gradient * up * f.derivative, gradient * f.value};

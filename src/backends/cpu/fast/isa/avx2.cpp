@@ -10,8 +10,8 @@ namespace penstock::cpu::fast {
 
 const IsaKernels& avx2_kernels() {
   using V = Avx2Vec;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 6, 2>::kernels(), {},
-                                         Rows<V>::kernels()};
+  static constexpr IsaKernels kernels = {
+      Gemm<V, FloatProduct<V>, 6, 2>::kernels(), {}, Rows<V>::kernels()};
   return kernels;
 }
 

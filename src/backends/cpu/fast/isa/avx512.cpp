@@ -9,8 +9,8 @@ namespace penstock::cpu::fast {
 
 const IsaKernels& avx512_kernels() {
   using V = Avx512Vec;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 14, 2>::kernels(), {},
-                                         Rows<V>::kernels()};
+  static constexpr IsaKernels kernels = {
+      Gemm<V, FloatProduct<V>, 14, 2>::kernels(), {}, Rows<V>::kernels()};
   return kernels;
 }
 

@@ -63,11 +63,11 @@ struct BlockArgs {
 };
 
 struct GemmKernels {
-  int64_t mr;              // width of a's panels
-  int64_t nr;              // width of b's panels
-  int64_t k_block;         // elements of k that are packed, and summed from 0, at a time
-  int64_t k_per_word;      // 1: float panels, any element type; 2: bf16 pairs, bf16 only
-  int64_t a_panel_spill;   // words past the end of a panel that packing may overwrite
+  int64_t mr;             // width of a's panels
+  int64_t nr;             // width of b's panels
+  int64_t k_block;        // elements of k that are packed, and summed from 0, at a time
+  int64_t k_per_word;     // 1: float panels, any element type; 2: bf16 pairs, bf16 only
+  int64_t a_panel_spill;  // words past the end of a panel that packing may overwrite
   int64_t b_panel_spill;
   void (*pack_a)(const PackArgs& args);
   void (*pack_b)(const PackArgs& args);

@@ -48,9 +48,7 @@ struct Math {
     F value;
     F complement;
   };
-  static F absolute(F x) {
-    return reinterpret_cast<F>(reinterpret_cast<I>(x) & 0x7fffffff);
-  }
+  static F absolute(F x) { return reinterpret_cast<F>(reinterpret_cast<I>(x) & 0x7fffffff); }
   static Sigmoid sigmoid(F x) {
     const F e = exp(-absolute(x));
     const F larger = constant(1.0f) / (constant(1.0f) + e);

@@ -55,6 +55,8 @@ struct Packer {
   using Octet = typename V::Octet;
   static constexpr int kGroups = (kPanel + 7) / 8;
   static constexpr int kSpan = 8 * Words::kPerWord;  // elements of k in an octet along k
+  static constexpr int64_t kLineWords = 64 / static_cast<int64_t>(sizeof(Elem)) / Words::kPerWord;
+  static constexpr Elem kZeros[1] = {};  // stands for the partner of the last k of an odd count
 
   static const Elem* outer_at(const PackArgs& args, int64_t o) {
     const int64_t index = args.outer_index != nullptr ? args.outer_index[o] : o;
@@ -73,16 +75,34 @@ struct Packer {
     }
   };
 
-  static Octet fetch_along_k(const PackArgs& args, const Elem* row, int64_t k) {
-    const int64_t left = args.k_count - k;
-    if (args.k_stride == 1 && left >= kSpan) return Words::along_k(row + k);
+  // Words w .. w + 8 of eight rows, the last ones perhaps short, into `to` and its next rows.
+  static void transpose_ragged(const PackArgs& args, const Elem* const* rows, int64_t w,
+                               uint32_t* to) {
+    const int64_t left = args.k_count - w * Words::kPerWord;
     const int64_t count = left < kSpan ? left : kSpan;
-    return Words::along_k(Padded(row + k * args.k_stride, args.k_stride, count).element);
+    const int64_t words = (count + Words::kPerWord - 1) / Words::kPerWord;
+    Octet octets[8];
+    for (int i = 0; i < 8; ++i) {
+      const Elem* from = rows[i] + w * Words::kPerWord * args.k_stride;
+      octets[i] = Words::along_k(Padded(from, args.k_stride, count).element);
+    }
+    V::transpose(octets);
+    for (int64_t step = 0; step < words; ++step) V::put(to + step * kPanel, octets[step]);
   }
 
-  // Eight rows at a time, transposed. Absent rows repeat row 0: their lanes are not used.
+  static void transpose_full(const Elem* const* rows, int64_t w, uint32_t* to) {
+    Octet octets[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) octets[i] = Words::along_k(rows[i] + w * Words::kPerWord);
+    V::transpose(octets);
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step) V::put(to + step * kPanel, octets[step]);
+  }
+
+  // Eight rows at a time, transposed. Absent rows repeat the first: their lanes are not used.
   static void pack_along_k(const PackArgs& args) {
     const int64_t words = (args.k_count + Words::kPerWord - 1) / Words::kPerWord;
+    const int64_t full_words = args.k_stride == 1 ? args.k_count / Words::kPerWord : 0;
     uint32_t* panel = args.panels;
     for (int64_t o = 0; o < args.outer_count; o += kPanel, panel += args.panel_stride) {
       const Elem* rows[kGroups * 8];
@@ -90,61 +110,81 @@ struct Packer {
         const bool inside = i < kPanel && o + i < args.outer_count;
         rows[i] = outer_at(args, inside ? o + i : o);
       }
-      for (int64_t w = 0; w < words; w += 8) {
-        const int64_t steps = words - w < 8 ? words - w : 8;
-        // The last group first: what it spills into the next row is written again by group 0.
+      // The next panel's rows, which the hardware cannot foresee.
+      const Elem* ahead[kPanel];
+      for (int i = 0; i < kPanel; ++i)
+        ahead[i] = o + kPanel + i < args.outer_count ? outer_at(args, o + kPanel + i) : rows[0];
+      // A cache line of each row at a time. The last group first: what it spills into the next
+      // row of the panel is written again by group 0.
+      for (int64_t begin = 0; begin < words; begin += kLineWords) {
+        for (int i = 0; i < kPanel; ++i)
+          __builtin_prefetch(ahead[i] + begin * Words::kPerWord * args.k_stride);
+        const int64_t end = begin + kLineWords < words ? begin + kLineWords : words;
         for (int group = kGroups - 1; group >= 0; --group) {
-          Octet octets[8];
-          for (int i = 0; i < 8; ++i)
-            octets[i] = fetch_along_k(args, rows[group * 8 + i], w * Words::kPerWord);
-          V::transpose(octets);
-          uint32_t* to = panel + w * kPanel + group * 8;
-          for (int64_t step = 0; step < steps; ++step) V::put(to + step * kPanel, octets[step]);
+          uint32_t* to = panel + group * 8;
+          for (int64_t w = begin; w < end; w += 8) {
+            if (w + 8 <= full_words) {
+              transpose_full(rows + group * 8, w, to + w * kPanel);
+            } else {
+              transpose_ragged(args, rows + group * 8, w, to + w * kPanel);
+            }
+          }
         }
       }
     }
   }
 
-  static Octet fetch_across(const PackArgs& args, const Elem* low, const Elem* high, int64_t o) {
-    const int64_t left = args.outer_count - o;
-    if (args.outer_stride == 1 && left >= 8) return Words::across(low + o, high + o);
-    const int64_t count = left < 8 ? left : 8;
-    const int64_t offset = o * args.outer_stride;
-    const Padded padded_low(low + offset, args.outer_stride, count);
-    const Padded padded_high(high + offset, args.outer_stride, count);
-    return Words::across(padded_low.element, padded_high.element);
-  }
-
-  // Word by word of k: all panels of one k are read in one sweep of memory.
-  static void pack_across(const PackArgs& args) {
-    const Elem zeros[1] = {};
-    PackArgs row = args;
-    uint32_t* to = args.panels;
-    for (int64_t k = 0; k < args.k_count; k += Words::kPerWord, to += kPanel) {
-      const Elem* low = k_at(args, k);
-      const bool paired = Words::kPerWord == 1 || k + 1 < args.k_count;
-      if (!paired) return pack_last_half(args, low, zeros, to);
-      const Elem* high = Words::kPerWord == 1 ? low : k_at(args, k + 1);
-      uint32_t* panel = to;
-      for (int64_t o = 0; o < args.outer_count; o += kPanel, panel += args.panel_stride)
-        for (int group = kGroups - 1; group >= 0; --group)
-          if (o + group * 8 < args.outer_count)
-            V::put(panel + group * 8, fetch_across(row, low, high, o + group * 8));
+  // One row of a panel at its ragged end, or of an operand with a stride along the outer axis.
+  static void put_ragged(const PackArgs& args, const Elem* low, const Elem* high, int64_t o,
+                         uint32_t* to) {
+    for (int group = kGroups - 1; group >= 0; --group) {
+      const int64_t first = o + group * 8;
+      const int64_t left = args.outer_count - first;
+      if (left <= 0) continue;
+      const int64_t count = left < 8 ? left : 8;
+      const int64_t stride = args.outer_stride;
+      const Padded padded_low(low + first * stride, stride, count);
+      const Padded padded_high(high + (high == kZeros ? 0 : first * stride),
+                               high == kZeros ? 0 : stride, count);
+      V::put(to + group * 8, Words::across(padded_low.element, padded_high.element));
     }
   }
 
-  // The last k of an odd count: its partner is 0.
-  static void pack_last_half(const PackArgs& args, const Elem* low, const Elem* zeros,
-                             uint32_t* to) {
-    for (int64_t o = 0; o < args.outer_count; o += kPanel, to += args.panel_stride) {
-      for (int group = kGroups - 1; group >= 0; --group) {
-        const int64_t first = o + group * 8;
-        if (first >= args.outer_count) continue;
-        const int64_t left = args.outer_count - first;
-        const int64_t count = left < 8 ? left : 8;
-        const Padded padded(low + first * args.outer_stride, args.outer_stride, count);
-        const Padded nothing(zeros, 0, 1);
-        V::put(to + group * 8, Words::across(padded.element, nothing.element));
+  static void put_full(const Elem* low, const Elem* high, int64_t o, uint32_t* to) {
+#pragma GCC unroll 4
+    for (int group = kGroups - 1; group >= 0; --group)
+      V::put(to + group * 8, Words::across(low + o + group * 8, high + o + group * 8));
+  }
+
+  // A few words of k at a time, for all panels: memory is read in long runs, and a panel's lines
+  // are filled while they are in the first cache.
+  static void pack_across(const PackArgs& args) {
+    constexpr int64_t kSteps = 8;
+    const int64_t words = (args.k_count + Words::kPerWord - 1) / Words::kPerWord;
+    for (int64_t begin = 0; begin < words; begin += kSteps) {
+      const int64_t steps = words - begin < kSteps ? words - begin : kSteps;
+      const Elem* low[kSteps];
+      const Elem* high[kSteps];
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t k = (begin + step) * Words::kPerWord;
+        low[step] = k_at(args, k);
+        high[step] = low[step];
+        if (Words::kPerWord == 2) high[step] = k + 1 < args.k_count ? k_at(args, k + 1) : kZeros;
+      }
+      const bool whole = args.outer_stride == 1 && high[steps - 1] != kZeros;
+      uint32_t* panel = args.panels + begin * kPanel;
+      for (int64_t o = 0; o < args.outer_count; o += kPanel, panel += args.panel_stride) {
+        if (whole && steps == kSteps && o + kGroups * 8 <= args.outer_count) {
+#pragma GCC unroll 8
+          for (int64_t step = 0; step < kSteps; ++step)
+            put_full(low[step], high[step], o, panel + step * kPanel);
+        } else if (whole && o + kGroups * 8 <= args.outer_count) {
+          for (int64_t step = 0; step < steps; ++step)
+            put_full(low[step], high[step], o, panel + step * kPanel);
+        } else {
+          for (int64_t step = 0; step < steps; ++step)
+            put_ragged(args, low[step], high[step], o, panel + step * kPanel);
+        }
       }
     }
   }

@@ -9,8 +9,8 @@ namespace penstock::cpu::fast {
 
 const IsaKernels& portable_kernels() {
   using V = PortableVec<4>;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 4, 2>::kernels(), {},
-                                         Rows<V>::kernels()};
+  static constexpr IsaKernels kernels = {
+      Gemm<V, FloatProduct<V>, 4, 2>::kernels(), {}, Rows<V>::kernels()};
   return kernels;
 }
 

@@ -75,7 +75,8 @@ struct Rows {
   }
 
   static void widen(Element type, const void* from, float* to, int64_t count) {
-    if (type == Element::bf16) return widen_half<Bf16>(static_cast<const uint16_t*>(from), to, count);
+    if (type == Element::bf16)
+      return widen_half<Bf16>(static_cast<const uint16_t*>(from), to, count);
     if (type == Element::f16) return widen_half<F16>(static_cast<const uint16_t*>(from), to, count);
     __builtin_memcpy(to, from, static_cast<uint64_t>(count) * sizeof(float));
   }
@@ -91,8 +92,7 @@ struct Rows {
   }
   static void scale(float factor, const float* from, float* to, int64_t count) {
     const F f = V::broadcast(factor);
-    for (int64_t i = 0; i < count; i += kWidth)
-      store_at(to, f * load_at(from, i, count), i, count);
+    for (int64_t i = 0; i < count; i += kWidth) store_at(to, f * load_at(from, i, count), i, count);
   }
 
   static void add_scaled(Element type, float factor, const void* from, float* to, int64_t count) {
@@ -104,7 +104,8 @@ struct Rows {
     const float* floats = static_cast<const float*>(from);
     const uint16_t* halves = static_cast<const uint16_t*>(from);
     if (type == Element::f32) each([&](int64_t i) { return load_at(floats, i, count); });
-    if (type == Element::bf16) each([&](int64_t i) { return load_half_at<Bf16>(halves, i, count); });
+    if (type == Element::bf16)
+      each([&](int64_t i) { return load_half_at<Bf16>(halves, i, count); });
     if (type == Element::f16) each([&](int64_t i) { return load_half_at<F16>(halves, i, count); });
   }
 

@@ -141,9 +141,7 @@ struct PortableVec {
     }
     return result;
   }
-  static void put(uint32_t* to, const Octet& octet) {
-    __builtin_memcpy(to, &octet, sizeof octet);
-  }
+  static void put(uint32_t* to, const Octet& octet) { __builtin_memcpy(to, &octet, sizeof octet); }
   static void transpose(Octet (&rows)[8]) {
     for (int i = 0; i < 8; ++i) {
       for (int j = i + 1; j < 8; ++j) {

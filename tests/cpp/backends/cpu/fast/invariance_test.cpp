@@ -39,10 +39,9 @@ void expect_exact(const LayerSpec& spec, const Backend& backend) {
   Layer exact(spec);
   run_all(layer, {&backend, 2});
   run_all(exact, {&reference_backend(), 1});
-  for (Tensor Layer::* output :
-       {&Layer::logits, &Layer::h, &Layer::a, &Layer::y, &Layer::output, &Layer::dh,
-        &Layer::a_scaled, &Layer::dscores, &Layer::dx_rows, &Layer::dx, &Layer::dw1, &Layer::dw2,
-        &Layer::db1, &Layer::db2}) {
+  for (Tensor Layer::*output : {&Layer::logits, &Layer::h, &Layer::a, &Layer::y, &Layer::output,
+                                &Layer::dh, &Layer::a_scaled, &Layer::dscores, &Layer::dx_rows,
+                                &Layer::dx, &Layer::dw1, &Layer::dw2, &Layer::db1, &Layer::db2}) {
     for (int64_t i = 0; i < (layer.*output).numel(); ++i) {
       const double actual = (layer.*output).get(i), wanted = (exact.*output).get(i);
       if (wanted == wanted) {  // rows that no expert owns stay NaN
@@ -64,7 +63,7 @@ TEST_P(FastInvariance, ThreadsAndRepetitionDoNotChangeBits) {
     for (int32_t threads : {1, 2, 3, 7}) {
       Layer again(layer_spec(dtype));
       run_all(again, {&backend, threads});
-      for (Tensor Layer::* output : all_outputs())
+      for (Tensor Layer::*output : all_outputs())
         EXPECT_TRUE((first.*output).same_bits(again.*output)) << threads << name_of(dtype);
     }
   }
@@ -98,7 +97,7 @@ TEST_P(FastInvariance, ATokensResultsDoNotDependOnTheBatch) {
     for (int64_t token : {0, 1, 6, 57, 58, 130, 210}) {
       Layer single = single_token(whole, token);
       run_all(single, {&backend, 2});
-      for (Tensor Layer::* member :
+      for (Tensor Layer::*member :
            {&Layer::logits, &Layer::output, &Layer::dx, &Layer::router_dx, &Layer::dscores}) {
         const Tensor& alone = single.*member;
         const Tensor& batch = whole.*member;

@@ -212,10 +212,33 @@ DownWeights Layer::down_weights(Tensor& w, Tensor& b) {
 }
 
 std::vector<Tensor*> Layer::floating() {
-  return {&x,        &w1,       &w2,  &b1,        &b2,        &scores,    &d_output, &router_weight,
-          &logits,   &router_scores,  &d_logits,  &router_dx, &d_router_weight,      &h,
-          &a,        &y,        &output, &dh,     &a_scaled,  &partials,  &dscores,  &dx_rows,
-          &dx,       &dw1,      &dw2, &db1,       &db2};
+  return {&x,
+          &w1,
+          &w2,
+          &b1,
+          &b2,
+          &scores,
+          &d_output,
+          &router_weight,
+          &logits,
+          &router_scores,
+          &d_logits,
+          &router_dx,
+          &d_router_weight,
+          &h,
+          &a,
+          &y,
+          &output,
+          &dh,
+          &a_scaled,
+          &partials,
+          &dscores,
+          &dx_rows,
+          &dx,
+          &dw1,
+          &dw2,
+          &db1,
+          &db2};
 }
 
 Layer Layer::to_float64() const {
@@ -227,7 +250,7 @@ Layer Layer::to_float64() const {
 
 namespace {
 
-double tolerance_of(const Layer& layer, Tensor Layer::* output) {
+double tolerance_of(const Layer& layer, Tensor Layer::*output) {
   if (output == &Layer::dscores) return cases::tolerance::dscores(layer.spec.dtype);
   return cases::tolerance::stage((layer.*output).dtype());
 }
@@ -292,12 +315,11 @@ std::string check_operation(Layer& layer, const Operation& operation, const Runn
   const Runner reference = {&reference_backend(), 1};
   operation.run(exact, reference);
   exact.a = activation_of_stored_h(layer);
-  for (Tensor Layer::* member : operation.outputs) {
+  for (Tensor Layer::*member : operation.outputs) {
     const Tensor& actual = layer.*member;
     if (!actual.present()) continue;
     const int64_t rows = actual.size(0);
-    const std::string wrong =
-        compare(actual, exact.*member, tolerance_of(layer, member), rows);
+    const std::string wrong = compare(actual, exact.*member, tolerance_of(layer, member), rows);
     if (!wrong.empty()) return std::string(operation.name) + ", " + wrong;
   }
   return "";

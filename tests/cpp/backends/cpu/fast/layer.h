@@ -87,9 +87,15 @@ struct Layer {
   std::vector<Tensor*> floating();
 };
 
+struct Time {
+  double wall = 0.0;  // ms
+  double processor = 0.0;
+};
+
 struct Runner {
   const Backend* backend;
   int32_t threads = 1;
+  Time* time = nullptr;  // what the backend's calls took is added; poisoning is not counted
 };
 
 struct Operation {

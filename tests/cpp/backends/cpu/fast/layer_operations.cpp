@@ -3,6 +3,7 @@
 // One function per operation of the table: outputs poisoned, scratch exact and guarded, then run.
 #include <algorithm>
 #include <cstdlib>
+#include <ctime>
 #include <memory>
 #include <stdexcept>
 
@@ -47,6 +48,22 @@ Context context_of(const Runner& runner) {
   return context;
 }
 
+double now_ms(clockid_t clock) {
+  timespec time = {};
+  clock_gettime(clock, &time);
+  return 1e3 * static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_nsec);
+}
+
+template <typename Args>
+void call(void (*operation)(const Args&, const Context&), const Args& args, const Runner& runner) {
+  const Context context = context_of(runner);
+  const double wall = now_ms(CLOCK_MONOTONIC), processor = now_ms(CLOCK_PROCESS_CPUTIME_ID);
+  operation(args, context);
+  if (runner.time == nullptr) return;
+  runner.time->wall += now_ms(CLOCK_MONOTONIC) - wall;
+  runner.time->processor += now_ms(CLOCK_PROCESS_CPUTIME_ID) - processor;
+}
+
 ExpertsProblem problem_of(const Layer& layer) { return layer.spec.problem(); }
 
 ActivationSpec activation_of(const Layer& layer) {
@@ -56,7 +73,7 @@ ActivationSpec activation_of(const Layer& layer) {
 }
 
 void poison(Layer& layer, std::initializer_list<Tensor Layer::*> outputs) {
-  for (Tensor Layer::* output : outputs) (layer.*output).poison();
+  for (Tensor Layer::*output : outputs) (layer.*output).poison();
 }
 
 Scratch layer_scratch(const Layer& layer, const Runner& runner) {
@@ -73,70 +90,72 @@ void build(Layer& layer, const Runner& runner) {
   routing.ids = layer.ids.view();
   routing.num_tokens = layer.spec.tokens;
   routing.top_k = static_cast<int32_t>(layer.spec.top_k);
-  runner.backend->build_plan({routing, layer.plan(), {}}, context_of(runner));
+  call(runner.backend->build_plan, PlanArgs{routing, layer.plan(), {}}, runner);
 }
 
 void logits(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::logits});
   Scratch scratch(runner.backend->router_scratch_bytes(router_problem(layer), context_of(runner)));
-  runner.backend->router_logits({layer.x.view(), layer.router_weight.view(), layer.logits.view(),
-                                 scratch.workspace()},
-                                context_of(runner));
+  call(runner.backend->router_logits,
+       RouterLogitsArgs{layer.x.view(), layer.router_weight.view(), layer.logits.view(),
+                        scratch.workspace()},
+       runner);
   scratch.check("router_logits");
 }
 
 void route(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::router_scores, &Layer::router_ids});
-  runner.backend->router_forward({RouterKind::topk_softmax, layer.logits.view(),
-                                  layer.router_scores.view(), layer.router_ids.view()},
-                                 context_of(runner));
+  call(runner.backend->router_forward,
+       RouterForwardArgs{RouterKind::topk_softmax, layer.logits.view(), layer.router_scores.view(),
+                         layer.router_ids.view()},
+       runner);
 }
 
 void route_backward(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::d_logits});
   TensorView dscores = layer.scores.view();  // any numbers will do
-  dscores = TensorView::contiguous(dscores.data, dscores.dtype,
-                                   {layer.spec.tokens, layer.spec.top_k});
-  runner.backend->router_backward({RouterKind::topk_softmax, layer.logits.view(),
-                                   layer.router_scores.view(), layer.router_ids.view(), dscores,
-                                   layer.d_logits.view()},
-                                  context_of(runner));
+  dscores =
+      TensorView::contiguous(dscores.data, dscores.dtype, {layer.spec.tokens, layer.spec.top_k});
+  call(runner.backend->router_backward,
+       RouterBackwardArgs{RouterKind::topk_softmax, layer.logits.view(), layer.router_scores.view(),
+                          layer.router_ids.view(), dscores, layer.d_logits.view()},
+       runner);
 }
 
 void logits_backward(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::router_dx, &Layer::d_router_weight});
   Scratch scratch(runner.backend->router_scratch_bytes(router_problem(layer), context_of(runner)));
-  runner.backend->router_logits_backward(
-      {layer.d_logits.view(), layer.x.view(), layer.router_weight.view(), layer.router_dx.view(),
-       layer.d_router_weight.view(), scratch.workspace()},
-      context_of(runner));
+  call(runner.backend->router_logits_backward,
+       {layer.d_logits.view(), layer.x.view(), layer.router_weight.view(), layer.router_dx.view(),
+        layer.d_router_weight.view(), scratch.workspace()},
+       runner);
   scratch.check("router_logits_backward");
 }
 
 void up(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::h, &Layer::a});
   Scratch scratch = layer_scratch(layer, runner);
-  runner.backend->up_projection(
-      {layer.groups(), activation_of(layer), layer.x.view(), layer.up_weights(layer.w1, layer.b1),
-       layer.h.view(), layer.a.view(), scratch.workspace()},
-      context_of(runner));
+  call(runner.backend->up_projection,
+       {layer.groups(), activation_of(layer), layer.x.view(), layer.up_weights(layer.w1, layer.b1),
+        layer.h.view(), layer.a.view(), scratch.workspace()},
+       runner);
   scratch.check("up_projection");
 }
 
 void down(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::y});
   Scratch scratch = layer_scratch(layer, runner);
-  runner.backend->down_projection({layer.groups(), layer.a.view(),
-                                   layer.down_weights(layer.w2, layer.b2), layer.y.view(),
-                                   scratch.workspace()},
-                                  context_of(runner));
+  call(runner.backend->down_projection,
+       DownProjectionArgs{layer.groups(), layer.a.view(), layer.down_weights(layer.w2, layer.b2),
+                          layer.y.view(), scratch.workspace()},
+       runner);
   scratch.check("down_projection");
 }
 
 void combine_output(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::output});
-  runner.backend->combine(
-      {layer.plan(), layer.y.view(), layer.scores.view(), layer.output.view()}, context_of(runner));
+  call(runner.backend->combine,
+       {layer.plan(), layer.y.view(), layer.scores.view(), layer.output.view()}, runner);
 }
 
 // With the sum of its partials, whose number is the backend's own choice.
@@ -146,31 +165,32 @@ void down_backward(Layer& layer, const Runner& runner) {
   layer.partials = Tensor(accumulator_of(layer.spec.dtype),
                           {problem.row_capacity, runner.backend->score_partials(problem)});
   Scratch scratch = layer_scratch(layer, runner);
-  runner.backend->down_backward(
-      {layer.groups(), activation_of(layer), layer.d_output.view(),
-       layer.down_weights(layer.w2, layer.b2), layer.scores.view(), layer.h.view(),
-       layer.dh.view(), layer.a_scaled.view(), layer.partials.view(), scratch.workspace()},
-      context_of(runner));
+  call(runner.backend->down_backward,
+       {layer.groups(), activation_of(layer), layer.d_output.view(),
+        layer.down_weights(layer.w2, layer.b2), layer.scores.view(), layer.h.view(),
+        layer.dh.view(), layer.a_scaled.view(), layer.partials.view(), scratch.workspace()},
+       runner);
   scratch.check("down_backward");
-  runner.backend->score_gradient({layer.groups(), layer.partials.view(), layer.d_output.view(),
-                                  layer.down_weights(layer.w2, layer.b2).b, layer.dscores.view()},
-                                 context_of(runner));
+  call(runner.backend->score_gradient,
+       ScoreGradientArgs{layer.groups(), layer.partials.view(), layer.d_output.view(),
+                         layer.down_weights(layer.w2, layer.b2).b, layer.dscores.view()},
+       runner);
 }
 
 void up_backward(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::dx_rows});
   Scratch scratch = layer_scratch(layer, runner);
-  runner.backend->up_backward({layer.groups(), layer.dh.view(),
-                               layer.up_weights(layer.w1, layer.b1), layer.dx_rows.view(),
-                               scratch.workspace()},
-                              context_of(runner));
+  call(runner.backend->up_backward,
+       UpBackwardArgs{layer.groups(), layer.dh.view(), layer.up_weights(layer.w1, layer.b1),
+                      layer.dx_rows.view(), scratch.workspace()},
+       runner);
   scratch.check("up_backward");
 }
 
 void combine_dx(Layer& layer, const Runner& runner) {
   poison(layer, {&Layer::dx});
-  runner.backend->combine({layer.plan(), layer.dx_rows.view(), {}, layer.dx.view()},
-                          context_of(runner));
+  call(runner.backend->combine,
+       CombineArgs{layer.plan(), layer.dx_rows.view(), {}, layer.dx.view()}, runner);
 }
 
 void weights(Layer& layer, const Runner& runner) {
@@ -187,14 +207,14 @@ void weights(Layer& layer, const Runner& runner) {
   const UpWeights dw1 = layer.up_weights(layer.dw1, layer.db1);
   args.out = dw1.w;
   args.halves = dw1.halves;
-  runner.backend->weight_gradient(args, context_of(runner));
+  call(runner.backend->weight_gradient, args, runner);
   args.left = layer.d_output.view();
   args.left_access = RowAccess::gathered;
   args.right = layer.a_scaled.view();
   args.right_access = RowAccess::direct;
   args.out = {layer.down_weights(layer.dw2, layer.db2).w, {}};
   args.halves = 1;
-  runner.backend->weight_gradient(args, context_of(runner));
+  call(runner.backend->weight_gradient, args, runner);
   scratch.check("weight_gradient");
 }
 
@@ -209,13 +229,13 @@ void biases(Layer& layer, const Runner& runner) {
   const UpWeights up_gradient = layer.up_weights(layer.dw1, layer.db1);
   args.out = up_gradient.b;
   args.halves = up_gradient.halves;
-  runner.backend->bias_gradient(args, context_of(runner));
+  call(runner.backend->bias_gradient, args, runner);
   args.values = layer.d_output.view();
   args.access = RowAccess::gathered;
   args.scores = layer.scores.view();
   args.out = {layer.down_weights(layer.dw2, layer.db2).b, {}};
   args.halves = 1;
-  runner.backend->bias_gradient(args, context_of(runner));
+  call(runner.backend->bias_gradient, args, runner);
 }
 
 }  // namespace

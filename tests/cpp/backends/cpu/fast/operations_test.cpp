@@ -78,7 +78,7 @@ TEST_P(FastOperations, AgreeForUnevenLoads) {
 
 TEST_P(FastOperations, AgreeOverManyBlocksOfK) {
   for (DType dtype : kDTypes) {
-    LayerSpec spec = spec_of(300, 530, 300, 20, 2);
+    LayerSpec spec = spec_of(150, 530, 270, 17, 2);
     spec.dtype = dtype;
     check(spec);
   }
