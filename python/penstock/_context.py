@@ -79,7 +79,9 @@ def backend(
         changes["threads"] = threads
     if id_checks is not None:
         if id_checks not in ID_CHECKS:
-            raise invalid("id_checks", repr(id_checks), " or ".join(ID_CHECKS), "Check the spelling")
+            raise invalid(
+                "id_checks", repr(id_checks), " or ".join(ID_CHECKS), "Check the spelling"
+            )
         changes["id_checks"] = id_checks
     if sm_budget is not None:
         if sm_budget < 0:

@@ -154,9 +154,7 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _route_grad(ctx: Any, dscores: Tensor, dids: Any) -> tuple[Any, ...]:
     logits, scores, ids = ctx.saved_tensors
-    dlogits = route_backward(
-        dscores, logits, scores, ids, ctx.num_experts, ctx.router, ctx.context
-    )
+    dlogits = route_backward(dscores, logits, scores, ids, ctx.num_experts, ctx.router, ctx.context)
     return dlogits, None, None, None
 
 

@@ -24,6 +24,8 @@ from penstock.errors import invalid
 from penstock.routing import Routing, router_name
 
 __all__ = [
+    "Config",
+    "DelayedWeightGrads",
     "Grads",
     "Plan",
     "Routing",
@@ -93,7 +95,7 @@ def route_backward(
     return _engine.route_backward(dscores, saved, logits.shape[1], name, current())
 
 
-def plan(routing: Routing, num_experts: int) -> Plan:
+def make_plan(routing: Routing, num_experts: int) -> Plan:
     """The routing's plan: int32 arrays that sort its slots by expert, inside an expert by slot.
 
     Inside `penstock.backend(id_checks="checked")` a negative id other than -1, or an expert twice
@@ -105,6 +107,9 @@ def plan(routing: Routing, num_experts: int) -> Plan:
     arrays = _ops().plan(routing.ids, routing.token_offsets, *shape, _context_key())
     top_k = 0 if routing.token_offsets is not None else max(routing.top_k, 1)
     return Plan(*arrays, routing.token_offsets, top_k)
+
+
+plan = make_plan  # the public name, which the argument of moe_experts hides there
 
 
 def moe_experts(  # noqa: PLR0913  the names are the public surface
@@ -122,6 +127,7 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
     save: str = "preactivation",
     clamp_alpha: float = 1.702,
     clamp_limit: float = 7.0,
+    plan: Plan | None = None,
     trainable: Any = None,
     main_grad: bool = False,
     delayed: Any = None,
@@ -143,6 +149,7 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
 
     torch: differentiable once in x, scores, weights and biases (SonicMoE, arXiv 2512.14080, for
     the gradient of the scores without Y).
+    plan: functional.plan of the same routing, where the caller has it already.
     trainable: (E) uint8 or bool; experts with 0 are frozen: no gradient work, zero gradients.
     main_grad: weights with an attribute `main_grad` (their dtype or fp32) have their gradients
     added there, and autograd gets none for them. delayed: a DelayedWeightGrads, which takes the
@@ -156,9 +163,10 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
             _refuse_for_numpy(name, value)
         return moe_experts_forward(x, weights, routing, config._replace(save="nothing"))[0]
     _engine.check_operands(x, weights)
-    the_plan = plan(routing, w2.shape[0])
+    if plan is None:
+        plan = make_plan(routing, w2.shape[0])
     operands = (_packed_rows(x), _unit_stride(routing.scores), weights)
-    return _experts(operands, the_plan, config, (trainable, main_grad, delayed))
+    return _experts(operands, plan, config, (trainable, main_grad, delayed))
 
 
 def experts_on_rows(  # noqa: PLR0913  the names are the public surface
@@ -213,7 +221,7 @@ def moe_experts_forward(
     """
     config = Config() if config is None else config
     _engine.check_operands(x, weights)
-    the_plan = plan(routing, weights.w1.shape[0])
+    the_plan = make_plan(routing, weights.w1.shape[0])
     output, h = _engine.experts_forward(x, routing.scores, weights, the_plan, config, current())
     return output, Saved(x, routing.scores, weights, the_plan, h, config, routing.ids)
 
@@ -294,9 +302,7 @@ def _experts(
     elif main_grad or delayed is not None:
         from penstock._seams import Seams, experts_with_seams
 
-        return experts_with_seams(
-            operands, the_plan, config, Seams(main_grad, delayed, trainable)
-        )
+        return experts_with_seams(operands, the_plan, config, Seams(main_grad, delayed, trainable))
     output, _ = _ops().experts(
         x, scores, *weights, trainable, *the_plan, config.pack(), _context_key()
     )
@@ -327,3 +333,12 @@ def _refuse_for_numpy(name: str, value: Any) -> None:
         raise invalid(
             name, "it with NumPy arrays", "torch tensors", "Use moe_experts_backward, or torch"
         )
+
+
+def __getattr__(name: str) -> Any:
+    """DelayedWeightGrads, which needs torch, at its first use."""
+    if name == "DelayedWeightGrads":
+        from penstock._seams import DelayedWeightGrads
+
+        return DelayedWeightGrads
+    raise AttributeError(f"module 'penstock.functional' has no attribute {name!r}")
