@@ -25,7 +25,6 @@ from penstock.routing import Routing, router_name
 
 __all__ = [
     "Config",
-    "DelayedWeightGrads",
     "Grads",
     "Plan",
     "Routing",
@@ -56,7 +55,7 @@ def router_logits(x: Any, router_weight: Any) -> Any:
 
 
 def router_logits_backward(dlogits: Any, x: Any, router_weight: Any) -> tuple[Any, Any]:
-    """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy arrays or by hand."""
+    """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy or by hand."""
     return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), current())
 
 
@@ -68,7 +67,7 @@ def route(
     logits (T, E) fp32 or float64. router: "softmax_topk" (softmax over the chosen logits, Mixtral),
     "topk_softmax" (softmax over all E, then choose; Switch Transformer, arXiv 2101.03961), the
     latter with renormalize=True divided by the sum of the chosen. Experts come by falling logit,
-    ties by the lower id; a NaN logit ranks below every number, so ids are always distinct and valid.
+    ties by the lower id; a NaN logit ranks below every number, so ids are distinct and valid.
     torch: the scores are differentiable in the logits.
     """
     name = router_name(router, renormalize)
@@ -112,7 +111,7 @@ def make_plan(routing: Routing, num_experts: int) -> Plan:
 plan = make_plan  # the public name, which the argument of moe_experts hides there
 
 
-def moe_experts(  # noqa: PLR0913  the names are the public surface
+def moe_experts(
     x: Any,
     w1: Any,
     w2: Any,
@@ -145,7 +144,7 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
     silu, gelu, gelu_tanh, relu, relu_squared. gate_layout: where w1's rows hold gate and up:
     "concatenated" (gate first) or "interleaved" (gate even, up odd); not used with a pair.
     save: what is kept for backward besides x, scores, ids and plan: "preactivation" keeps H,
-    "input" computes it again, "nothing" is inference (chosen by itself where no gradient is wanted).
+    "input" computes it again, "nothing" is inference (taken where no gradient is wanted).
 
     torch: differentiable once in x, scores, weights and biases (SonicMoE, arXiv 2512.14080, for
     the gradient of the scores without Y).
@@ -169,7 +168,7 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
     return _experts(operands, plan, config, (trainable, main_grad, delayed))
 
 
-def experts_on_rows(  # noqa: PLR0913  the names are the public surface
+def experts_on_rows(
     rows: Any,
     w1: Any,
     w2: Any,

@@ -40,7 +40,7 @@ class Experts(nn.Module):
     torch.nn.Linear: uniform within 1 / sqrt(fan_in). ValueError for a value out of range.
     """
 
-    def __init__(  # noqa: PLR0913  the names are the public surface
+    def __init__(
         self,
         hidden_size: int,
         intermediate_size: int,
@@ -183,7 +183,7 @@ class MoE(nn.Module):
     """A Mixture-of-Experts layer: router, experts, and optionally one expert that all tokens share.
 
     y = sum over the top_k experts of S_e expert_e(x), plus shared_expert(x) where
-    shared_intermediate_size > 0. x (..., d), y the same shape and dtype (autocast's under autocast).
+    shared_intermediate_size > 0. x (..., d), y alike (autocast's dtype under autocast).
 
     router: "softmax_topk", "topk_softmax" or "topk_softmax_normalized", see functional.route.
     activation, bias, gate_layout, save, clamp_alpha, clamp_limit, main_grad: see Experts.
@@ -192,7 +192,7 @@ class MoE(nn.Module):
     aux_loss_coef and z_loss_coef. The layer adds none of them by itself.
     """
 
-    def __init__(  # noqa: PLR0913  the names are the public surface
+    def __init__(
         self,
         hidden_size: int,
         intermediate_size: int,
