@@ -35,9 +35,9 @@ endif()
 
 # Visibility alone still lets the templates of the standard library that the compiler instantiates
 # here (std::vector<...> and so on) out of a shared library, where they could replace those of
-# another library in the same process. The linker script keeps penstock:: only.
+# another library in the same process. A linker script, cmake/<target>.map, keeps what is ours.
 function(penstock_hide_symbols target)
-  set(script ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/exports.map)
+  set(script ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${target}.map)
   target_link_options(${target} PRIVATE -Wl,--version-script=${script})
   set_property(TARGET ${target} APPEND PROPERTY LINK_DEPENDS ${script})
   if(NOT PENSTOCK_SANITIZE)
