@@ -73,7 +73,7 @@ wheel: dist/.built
 # itself, so that a rebuilt wheel of the same version replaces the one before.
 define install_wheel
 wheel=$$(ls $(CURDIR)/dist/*.whl)
-$(1)/bin/python -m pip install --quiet -c $(2) "penstock[$(3)] @ file://$$wheel"
+$(1)/bin/python -m pip install -c $(2) "penstock[$(3)] @ file://$$wheel"
 $(1)/bin/python -m pip install --quiet --force-reinstall --no-deps "$$wheel"
 endef
 

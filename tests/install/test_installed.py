@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The installed package is the wheel that was promised: one tag, three files that find each other."""
+"""The installed package is the wheel that was promised: for every Python, and self-contained."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import check_sizes
 import pytest
+
+import check_sizes
 from cpp_functions import functions
 
 ROOT = Path(__file__).resolve().parents[2]
