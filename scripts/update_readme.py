@@ -2,9 +2,10 @@
 """Writes README's table of speed and memory from committed benchmark rows.
 
 `update_readme.py` rewrites what stands between <!-- bench:begin --> and <!-- bench:end -->;
-`--check` fails if that would change anything, so the table cannot say what no row says. A row is one
-JSON object of benchmarks/results/*.jsonl, as `penstock bench --json FILE` writes it. Rows of one
-shape, dtype and machine make one line of the table: ours, and how many times longer each peer took.
+`--check` fails if that would change anything, so the table cannot say what no row says. A row is
+one JSON object of benchmarks/results/*.jsonl, as `penstock bench --json FILE` writes it. Rows of
+one shape, dtype and machine make one line of the table: ours, and how many times longer each peer
+took.
 """
 
 from __future__ import annotations
