@@ -147,7 +147,7 @@ bool Call::guards_intact() const {
 
 void expect_near_statement(const Call& call, const Layer& layer) {
   const Results expected = statement(layer);
-  const double bound = cases::tolerance::end_to_end(layer.dtype);
+  const double bound = cases::tolerance::stage(layer.dtype);
   const auto near = [&](const char* name, const std::vector<double>& values) {
     EXPECT_LE(relative_l2(call.values(name), values), bound) << name;
   };

@@ -63,7 +63,7 @@ class Call {
   Layer const* layer_;
 };
 
-// Every result within the end-to-end tolerance of its type, and all guards intact.
+// Every result within a stage's tolerance of its type, and all guards intact.
 void expect_near_statement(const Call& call, const Layer& layer);
 // The same bits in every result.
 void expect_same_bits(const std::map<std::string, Bytes>& got,

@@ -101,28 +101,37 @@ class SlotStatement {
     activate(e, x);
 
     std::vector<double> g(static_cast<size_t>(n_), 0.0);  // dO W2
+    const std::vector<double> a = stored(a_, 1.0), a_scaled = stored(a_, score);
     double d_score = 0.0;
     for (int64_t i = 0; i < d_; ++i) {
       const double* w2 = at(layer_.w2, (e * d_ + i) * n_);
       const double b2 = layer_.b2.empty() ? 0.0 : *at(layer_.b2, e * d_ + i);
-      *at(results_.output, token * d_ + i) += score * (dot(a_.data(), w2, n_) + b2);
+      const double y = rounded(dot(a.data(), w2, n_) + b2, layer_.dtype);
+      *at(results_.output, token * d_ + i) += score * y;
       add_scaled(g.data(), w2, d_output[i], n_);
-      add_scaled(at(results_.dw2, (e * d_ + i) * n_), a_.data(), score * d_output[i], n_);
+      add_scaled(at(results_.dw2, (e * d_ + i) * n_), a_scaled.data(), d_output[i], n_);
       if (!layer_.b2.empty()) *at(results_.db2, e * d_ + i) += score * d_output[i];
       d_score += d_output[i] * b2;
     }
     *at(results_.dscores, slot) = d_score + dot(g.data(), a_.data(), n_);
 
+    std::vector<double> dx(static_cast<size_t>(d_), 0.0);
     for (int64_t row = 0; row < h_; ++row) {
-      const int64_t column = row % n_;
-      const double dh = *at(slopes_, row) * score * g[static_cast<size_t>(column)];
-      add_scaled(at(results_.dx, token * d_), at(layer_.w1, (e * h_ + row) * d_), dh, d_);
+      const double dh = rounded(*at(slopes_, row) * score * *at(g, row % n_), layer_.dtype);
+      add_scaled(dx.data(), at(layer_.w1, (e * h_ + row) * d_), dh, d_);
       add_scaled(at(results_.dw1, (e * h_ + row) * d_), x, dh, d_);
       if (!layer_.b1.empty()) *at(results_.db1, e * h_ + row) += dh;
     }
+    add_scaled(at(results_.dx, token * d_), stored(dx, 1.0).data(), 1.0, d_);
   }
 
  private:
+  std::vector<double> stored(const std::vector<double>& values, double scale) const {
+    std::vector<double> result(values);
+    for (double& value : result) value = rounded(scale * value, layer_.dtype);
+    return result;
+  }
+
   void activate(int64_t e, const double* x) {
     a_.assign(static_cast<size_t>(n_), 0.0);
     slopes_.assign(static_cast<size_t>(h_), 0.0);
@@ -138,7 +147,7 @@ class SlotStatement {
 
   double preactivation(int64_t e, int64_t row, const double* x) const {
     const double bias = layer_.b1.empty() ? 0.0 : *at(layer_.b1, e * h_ + row);
-    return dot(x, at(layer_.w1, (e * h_ + row) * d_), d_) + bias;
+    return rounded(dot(x, at(layer_.w1, (e * h_ + row) * d_), d_) + bias, layer_.dtype);
   }
 
   const Layer& layer_;
