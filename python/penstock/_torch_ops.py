@@ -120,14 +120,14 @@ def route_backward(
     logits: Optional[Tensor],
     scores: Tensor,
     ids: Tensor,
-    settings: list[int],
-    packed: list[str],
+    num_experts: int,
+    router: str,
+    context: str,
 ) -> Tensor:
-    """The logits' gradient; settings is [num_experts], packed is [router, context]."""
-    router, context = packed
+    """The logits' gradient (T, E)."""
     saved = (logits, scores, ids)
     return _engine.route_backward(
-        dscores.contiguous(), saved, settings[0], router, CallContext.unpack(context)
+        dscores.contiguous(), saved, num_experts, router, CallContext.unpack(context)
     )
 
 
@@ -137,10 +137,11 @@ def _(
     logits: Optional[Tensor],
     scores: Tensor,
     ids: Tensor,
-    settings: list[int],
-    packed: list[str],
+    num_experts: int,
+    router: str,
+    context: str,
 ) -> Tensor:
-    return scores.new_empty((scores.shape[0], settings[0]))
+    return scores.new_empty((scores.shape[0], num_experts))
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -154,7 +155,7 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _route_grad(ctx: Any, dscores: Tensor, dids: Any) -> tuple[Any, ...]:
     logits, scores, ids = ctx.saved_tensors
     dlogits = route_backward(
-        dscores, logits, scores, ids, [ctx.num_experts], [ctx.router, ctx.context]
+        dscores, logits, scores, ids, ctx.num_experts, ctx.router, ctx.context
     )
     return dlogits, None, None, None
 
@@ -250,21 +251,19 @@ def experts_backward(
     token_offsets: Optional[Tensor],
     h: Optional[Tensor],
     wanted: list[bool],
-    settings: list[int],
-    packed: list[str],
+    top_k: int,
+    config: str,
+    context: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first eight inputs of `experts`; no elements where not wanted.
-
-    settings is [top_k], packed is [config, context].
-    """
+    """Gradients of the first eight inputs of `experts`; no elements where not wanted."""
     routing = (row_to_token, row_to_slot, slot_to_row, token_offsets)
     saved = Saved(
         x,
         scores,
         Weights(w1, w1_up, w2, b1, b1_up, b2),
-        Plan(expert_counts, expert_offsets, *routing, settings[0]),
+        Plan(expert_counts, expert_offsets, *routing, top_k),
         h,
-        Config.unpack(packed[0]),
+        Config.unpack(config),
     )
     grads = _engine_backward.new_weight_grads(saved, Weights(*wanted[2:]), trainable)
     dx, dscores, dweights = _engine_backward.experts_backward(
@@ -272,7 +271,7 @@ def experts_backward(
         saved,
         (wanted[0], wanted[1]),
         Into(grads, "overwrite", trainable),
-        CallContext.unpack(packed[1]),
+        CallContext.unpack(context),
     )
     return tuple(_or_absent(grad, x) for grad in (dx, dscores, *dweights))
 
@@ -304,7 +303,7 @@ def _experts_grad(ctx: Any, d_output: Optional[Tensor], dh: Optional[Tensor]) ->
         )
     wanted = list(ctx.needs_input_grad[: 2 + _WEIGHTS])
     grads = experts_backward(
-        d_output, *ctx.saved_tensors, wanted, [ctx.top_k], [ctx.config, ctx.context]
+        d_output, *ctx.saved_tensors, wanted, ctx.top_k, ctx.config, ctx.context
     )
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *rest)
 
