@@ -63,6 +63,8 @@ class Call {
   Layer const* layer_;
 };
 
+// The relative error that `elements` results of this type may have.
+double bound_for(size_t elements, DType dtype);
 // Every result within a stage's tolerance of its type, and all guards intact.
 void expect_near_statement(const Call& call, const Layer& layer);
 // The same bits in every result.

@@ -44,8 +44,8 @@ struct Results {
 };
 
 // The whole layer in float64, straight from the formulas, rounded only where the contract stores a
-// value (H, A, A', dH, Y, dX~). What is left to differ is the library's own arithmetic, so the bound
-// is that of a stage even where a layer is too small for errors to average out.
+// value (H, A, A', dH, Y, dX~). What is left to differ is the library's own arithmetic, so the
+// bound is that of a stage even where a layer is too small for errors to average out.
 Results statement(const Layer& layer);
 
 // ||a - b|| / ||b||; the norm of a where b is all zero.
