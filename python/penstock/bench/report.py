@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of results: a table for people, JSON lines for everything else.
+
+A row holds what was run, on what, and what came out; its keys are listed in docs/bench.md and stay.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from penstock.bench.measure import Memory, Times
+from penstock.bench.problem import Problem
+from penstock.bench.verify import Verified
+
+
+def machine_facts(threads: int) -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    import torch
+
+    from penstock.info import cpu_name
+
+    return {
+        "cpu": cpu_name(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def make_row(problem: Problem, impl: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """The part of a row that is known before anything runs."""
+    shape = problem.shape
+    return {
+        "shape": dict(zip("TdnEK", shape.sizes, strict=True)) | {"name": shape.name},
+        "device": problem.device,
+        "dtype": problem.dtype,
+        "save": problem.save,
+        "impl": impl,
+        **facts,
+    }
+
+
+def add_results(
+    row: dict[str, Any], problem: Problem, verified: Verified, times: Times, memory: Memory
+) -> None:
+    """Figures of one peer."""
+    forward_flops, backward_flops = problem.shape.flops
+    row |= {
+        "forward_ms": times.forward_ms,
+        "backward_ms": times.backward_ms,
+        "total_ms": times.total_ms,
+        "total_ms_quartiles": [times.low_ms, times.high_ms],
+        "gflops": (forward_flops + backward_flops) / times.total_ms * 1e-6,
+        "kept_bytes": memory.kept_bytes,
+        "peak_bytes": memory.peak_bytes,
+        "rel_l2": verified.rel_l2,
+        "rel_l2_full": verified.rel_l2_full,
+    }
+
+
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """ratio_to: by peer, how many times as fast this row is."""
+    timed = {row["impl"]: row["total_ms"] for row in rows if "total_ms" in row}
+    for row in rows:
+        if "total_ms" in row:
+            own = row["total_ms"]
+            row["ratio_to"] = {
+                name: total / own for name, total in timed.items() if name != row["impl"]
+            }
+
+
+def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One object a line, keys as they come."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def print_table(console: Any, problem: Problem, rows: list[dict[str, Any]]) -> None:
+    """One table a shape."""
+    from rich.table import Table
+
+    shape = problem.shape
+    sizes = " ".join(f"{key}={size}" for key, size in zip("TdnEK", shape.sizes, strict=True))
+    first = rows[0]
+    table = Table(
+        title=f"{shape.name}: {sizes}, {problem.dtype} on {problem.device}",
+        caption=f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}; medians; "
+        "kept and peak beside x, weights and results",
+        title_justify="left",
+        caption_justify="left",
+    )
+    columns = ("forward", "backward", "total", "quartiles", "GFLOP/s", "kept", "peak", "error")
+    table.add_column("implementation")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    ours = next((row for row in rows if row["impl"] == "penstock" and "total_ms" in row), None)
+    table.add_column("penstock is", justify="right", no_wrap=True)
+    for row in rows:
+        if "total_ms" not in row:
+            table.add_row(row["impl"], f"[dim]{row['not_run']}[/dim]")
+            continue
+        faster = "" if ours in (None, row) else f"{row['total_ms'] / ours['total_ms']:.2f}x"
+        low, high = row["total_ms_quartiles"]
+        table.add_row(
+            row["impl"],
+            f"{row['forward_ms']:.1f} ms",
+            f"{row['backward_ms']:.1f} ms",
+            f"{row['total_ms']:.1f} ms",
+            f"{low:.0f} to {high:.0f}",
+            f"{row['gflops']:.1f}",
+            _mib(row["kept_bytes"]),
+            _mib(row["peak_bytes"]),
+            f"{row['rel_l2']:.1e}",
+            faster,
+        )
+    console.print(table)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this file is in; None for an installed package."""
+    folder = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
