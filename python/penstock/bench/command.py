@@ -66,6 +66,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     shapes = [parse_shape(text) for text in args.shape or DEFAULT_SHAPES]
 
+    # The memory measurement uses torch's profiler, whose own log lines would fill the screen.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
     from rich.console import Console
 
@@ -133,10 +135,9 @@ def bench_shape(problem: Any, peers: list[Any], repeats: int, console: Any) -> l
 
 def _own_sizes(problem: Any, tensors: Any) -> dict[str, Any]:
     """What Penstock says it needs, and the workspaces that it allocates."""
-    from penstock import functional
-    from penstock._context import backend
-    from penstock._memory import watch_workspaces
+    from penstock import backend, functional
     from penstock.bench.peers import penstock_engine
+    from penstock.testing import watch_workspaces
 
     sizes, settings = problem.shape.sizes, {"dtype": problem.dtype, "save": problem.save}
     with backend(problem.backend, threads=problem.threads):

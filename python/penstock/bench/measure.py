@@ -111,32 +111,21 @@ def measure_memory(peer: Peer, problem: Problem, tensors: Tensors) -> Memory:
     Kept: the distinct storages that autograd saves, the layer's own inputs aside. Peak: from torch's
     allocator, whose events the profiler lists; Penstock's workspaces come from there as well.
     """
-    import torch
+    from penstock.testing import kept_bytes
 
     for leaf in tensors.leaves:
         leaf.grad = None
     gc.collect()
-    own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     peak = _PeakOfAllocations()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        with peak:
-            output = peer.forward(problem, tensors)
-    kept_bytes = sum(kept.values())
-    results = output.nbytes
-    forward_peak = peak.bytes - kept_bytes - results
+    with kept_bytes(*tensors) as kept, peak:
+        output = peer.forward(problem, tensors)
+    forward_peak = peak.bytes - kept.total - output.nbytes
+    total = kept.total
+    del kept  # it keeps the saved tensors alive, which backward would otherwise free as it goes
     with peak:
         output.backward(tensors.d_output)
     gradients = sum(leaf.grad.nbytes for leaf in tensors.leaves)
-    backward_peak = peak.bytes - gradients
-    return Memory(kept_bytes, max(forward_peak, backward_peak, 0))
+    return Memory(total, max(forward_peak, peak.bytes - gradients, 0))
 
 
 class _PeakOfAllocations:

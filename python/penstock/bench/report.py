@@ -79,48 +79,51 @@ def write_json(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def print_table(console: Any, problem: Problem, rows: list[dict[str, Any]]) -> None:
-    """One table a shape."""
+    """One table a shape, and a line for each peer that did not run."""
+    from rich import box
     from rich.table import Table
 
     shape = problem.shape
     sizes = " ".join(f"{key}={size}" for key, size in zip("TdnEK", shape.sizes, strict=True))
-    first = rows[0]
-    table = Table(
-        title=f"{shape.name}: {sizes}, {problem.dtype} on {problem.device}",
-        caption=f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}; medians; "
-        "kept and peak beside x, weights and results",
-        title_justify="left",
-        caption_justify="left",
-    )
-    columns = ("forward", "backward", "total", "quartiles", "GFLOP/s", "kept", "peak", "error")
-    table.add_column("implementation")
+    title = f"{shape.name}: {sizes}, {problem.dtype}, {problem.device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    columns = ("fwd ms", "bwd ms", "both", "spread", "GFLOP/s", "kept", "peak", "error", "ours")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     ours = next((row for row in rows if row["impl"] == "penstock" and "total_ms" in row), None)
-    table.add_column("penstock is", justify="right", no_wrap=True)
     for row in rows:
-        if "total_ms" not in row:
-            table.add_row(row["impl"], f"[dim]{row['not_run']}[/dim]")
-            continue
-        faster = "" if ours in (None, row) else f"{row['total_ms'] / ours['total_ms']:.2f}x"
-        low, high = row["total_ms_quartiles"]
-        table.add_row(
-            row["impl"],
-            f"{row['forward_ms']:.1f} ms",
-            f"{row['backward_ms']:.1f} ms",
-            f"{row['total_ms']:.1f} ms",
-            f"{low:.0f} to {high:.0f}",
-            f"{row['gflops']:.1f}",
-            _mib(row["kept_bytes"]),
-            _mib(row["peak_bytes"]),
-            f"{row['rel_l2']:.1e}",
-            faster,
-        )
+        if "total_ms" in row:
+            table.add_row(*_cells(row, ours))
     console.print(table)
+    for row in rows:
+        if "not_run" in row:
+            console.print(f"  {row['impl']}: {row['not_run']}", highlight=False, markup=False)
+    first = rows[0]
+    console.print(
+        f"  {first['cpu']}, {first['threads']} threads, torch {first['torch']}. Medians; spread: "
+        "half the quartiles' distance; kept, peak: MiB besides x, weights and results; ours: how "
+        "many times as fast penstock is.",
+        highlight=False,
+        style="dim",
+    )
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB"
+def _cells(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
+    low, high = row["total_ms_quartiles"]
+    faster = "" if ours in (None, row) else f"{row['total_ms'] / ours['total_ms']:.2f}x"
+    return [
+        row["impl"],
+        f"{row['forward_ms']:.1f}",
+        f"{row['backward_ms']:.1f}",
+        f"{row['total_ms']:.1f}",
+        f"{(high - low) / 2:.1f}",
+        f"{row['gflops']:.1f}",
+        f"{row['kept_bytes'] / 2**20:.1f}",
+        f"{row['peak_bytes'] / 2**20:.1f}",
+        f"{row['rel_l2']:.0e}",
+        faster,
+    ]
 
 
 def _commit() -> str | None:

@@ -23,15 +23,12 @@ def why_not(problem: Problem) -> str:
 
 def forward(problem: Problem, tensors: Tensors) -> Any:
     """The layer's output."""
-    from penstock import functional
-    from penstock._context import backend
+    from penstock import backend, functional
 
     with backend(problem.backend, threads=problem.threads):
         logits = functional.router_logits(tensors.x, tensors.router_weight)
         routing = functional.route(logits, problem.shape.top_k)
-        return functional.moe_experts(
-            tensors.x, tensors.w1, tensors.w2, routing, save=problem.save
-        )
+        return functional.moe_experts(tensors.x, tensors.w1, tensors.w2, routing, save=problem.save)
 
 
 PEER = Peer("penstock", why_not, forward)

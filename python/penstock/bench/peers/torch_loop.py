@@ -32,4 +32,4 @@ def forward(problem: Problem, tensors: Tensors) -> Any:
     return combine(torch.cat(outputs), dispatch)
 
 
-PEER = Peer("torch-loop", lambda problem: "", forward)
+PEER = Peer("torch-loop", lambda problem: "", forward, allowance=4.0)
