@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from penstock.train.files import write_atomically
 
-SMOOTHING = 0.95  # of the training loss, per step
+SMOOTHED_SHARE = 0.04  # of the run's steps that the smoothed training loss looks back on
 LABELLED_CELLS = 160  # more experts than this get colours only
 OURS, DENSE, MARK = "#1f5fa8", "#c2571a", "#555555"
 
@@ -35,7 +35,7 @@ class PlotData:
     marks: dict[str, float]  # name to nats per byte, drawn as horizontal lines
     loads: list[list[float]]  # (layers, E), 1 is an equal share
     dense_held_out: list[tuple[int, float]] = field(default_factory=list)
-    title: str = ""
+    title: str = "penstock train"
 
 
 def draw(data: PlotData, path: Path) -> None:
@@ -60,7 +60,7 @@ def _draw_losses(axes: Axes, data: PlotData) -> None:
         axes.plot(
             *zip(*data.held_out, strict=True),
             color=OURS, marker="o", markersize=5, linestyle="--", markerfacecolor="white",
-            label=f"MoE, held-out ({data.held_out[-1][1]:.3f} at the end)",
+            label=f"MoE, held-out ({data.held_out[-1][1]:.3f})",
         )  # fmt: skip
     if data.dense_held_out:
         axes.plot(
@@ -82,12 +82,13 @@ def _draw_losses(axes: Axes, data: PlotData) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean whose early values are not pulled towards zero."""
+    """Exponential mean of the steps before, whose early values are not pulled towards zero."""
+    memory = 1 - 1 / max(1.0, SMOOTHED_SHARE * len(values))
     result = np.empty(len(values))
     total = weight = 0.0
     for i, value in enumerate(values):
-        total = SMOOTHING * total + value
-        weight = SMOOTHING * weight + 1.0
+        total = memory * total + value
+        weight = memory * weight + 1.0
         result[i] = total / weight
     return result
 
@@ -114,5 +115,5 @@ def _draw_loads(figure: Figure, axes: Axes, loads: list[list[float]]) -> None:
                 expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=8,
                 color="white" if strong else "black",
             )  # fmt: skip
-    bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.06, pad=0.03)
+    bar = figure.colorbar(image, ax=axes, location="right", fraction=0.05, pad=0.02)
     bar.set_label("slots received / equal share (1 = balanced)")

@@ -93,8 +93,8 @@ def _picture(
     )
     data = PlotData(
         train=_curve(rows, "train"),
-        held_out=_curve(rows, "eval"),
-        dense_held_out=_curve(dense_rows, "eval"),
+        held_out=_with_final(_curve(rows, "eval"), results[-1]),
+        dense_held_out=_with_final(_curve(dense_rows, "eval"), results[-2]),
         marks={result.name: result.nats_per_byte for result in results[:2]},
         loads=evaluation.relative_loads(),
         title=title,
@@ -104,6 +104,11 @@ def _picture(
 
 def _curve(rows: list[dict], event: str) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows if row["event"] == event]
+
+
+def _with_final(curve: list[tuple[int, float]], result: Result) -> list[tuple[int, float]]:
+    """The last point over all the bytes that the table is about, not the few of the way there."""
+    return [*curve[:-1], (curve[-1][0], result.nats_per_byte)] if curve else []
 
 
 def _table(results: list[Result]) -> Table:
