@@ -24,6 +24,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand with `argv` (default: the process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] == "penstock":
             raise
         return _fail(name, f"needs the package '{error.name}': pip install 'penstock[train]'")
+    except ImportError as error:  # the engine's library is not there or cannot be loaded
+        return _fail(name, str(error))
     except KeyboardInterrupt:
         print("\nInterrupted; what was saved before is complete.", file=sys.stderr)
         return INTERRUPTED

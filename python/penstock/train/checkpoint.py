@@ -20,12 +20,11 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
-
 from penstock.train import config as configs
 from penstock.train.config import RunConfig
 from penstock.train.errors import TrainError, disk_error
 from penstock.train.files import PARTIAL, sync
+from torch import nn
 
 FORMAT = 1
 KEPT = 2
@@ -54,6 +53,7 @@ class Training:
 
 
 def folder_of(run: Path) -> Path:
+    """Where a run keeps its checkpoints."""
     return run / "checkpoints"
 
 

@@ -25,6 +25,7 @@ DENSE_FOLDER = "dense"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; those not given are absent from the namespace, --out and --resume None."""
     # An option that was not given must be told apart from one given with its default's value.
     parser.argument_default = argparse.SUPPRESS
     run, model = RunConfig(), configs.ModelConfig()
@@ -169,12 +170,11 @@ def _next_number(parent: Path) -> Path:
 
 
 def _train(folder: Path, config: RunConfig, corpus) -> int:
-    from rich.console import Console
-
     from penstock.train import loop, report
     from penstock.train.data import evaluation_windows
     from penstock.train.files import locked, write_atomically
     from penstock.train.progress import Display
+    from rich.console import Console
 
     display = Display(Console())
     display.line(

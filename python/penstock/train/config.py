@@ -139,6 +139,7 @@ class RunConfig:
         _check_choice("dtype", self.dtype, DTYPES)
 
     def to_json(self) -> dict:
+        """The document that from_json reads."""
         document = dataclasses.asdict(self)
         document["data"] = list(self.data)
         return {"format": FORMAT, **document}

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from penstock.train.errors import TrainError, disk_error
 
 HELD_OUT_FRACTION = 0.05
@@ -41,6 +40,7 @@ class Corpus:
 
 
 def stdlib_path() -> Path:
+    """The folder of the running Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
-
 from penstock.train import checkpoint
 from penstock.train.config import RunConfig
 from penstock.train.data import Corpus
@@ -70,11 +69,13 @@ class Clock:
     _mark: float = dataclasses.field(default_factory=time.perf_counter)
 
     def add_step(self, seconds: float) -> None:
+        """Count a step's time into the running mean."""
         first = self.step_s == 0.0
         share = 0.0 if first else SPEED_MEMORY
         self.step_s = share * self.step_s + (1 - share) * seconds
 
     def total(self) -> float:
+        """Seconds up to now."""
         now = time.perf_counter()
         self.elapsed_s += now - self._mark
         self._mark = now
@@ -92,6 +93,7 @@ class Phase:
 
     @property
     def complete(self) -> bool:
+        """Whether every step has been done."""
         return self.trainer.step >= self.trainer.config.steps
 
 

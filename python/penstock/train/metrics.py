@@ -23,7 +23,7 @@ class MetricsLog:
         self._path = path
         try:
             cut_short = path.exists() and path.stat().st_size > 0 and not _ends_in_newline(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by __exit__
+            self._file = open(path, "a", encoding="utf-8")
         except OSError as error:
             raise disk_error(f"opening {path}", error) from error
         if cut_short:
@@ -41,6 +41,7 @@ class MetricsLog:
         self._file.close()
 
     def append(self, event: str, step: int, **values: object) -> None:
+        """Add one row."""
         self._write(json.dumps({"event": event, "step": step, **values}) + "\n")
 
     def _write(self, line: str) -> None:

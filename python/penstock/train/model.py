@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import penstock
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import penstock
 from penstock.train.config import VOCABULARY, ModelConfig
+from torch import Tensor, nn
 
 ROTARY_BASE = 10000.0
 
@@ -30,16 +29,21 @@ class RoutingLosses:
 
 
 class RMSNorm(nn.Module):
+    """Scales a row to unit mean square, in fp32, then by a learnt weight."""
+
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Rows of (..., d) of unit mean square, times the weight."""
         scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
         return (x.float() * scale).to(x.dtype) * self.weight.to(x.dtype)
 
 
 class Attention(nn.Module):
+    """Causal self-attention of several heads with rotary positions."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.heads
@@ -47,6 +51,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Mix (B, L, d) over the positions before and at each one."""
         batch, length, hidden = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, hidden // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, d / heads)
@@ -65,11 +70,14 @@ class DenseFeedForward(nn.Module):
         self.down = nn.Linear(width, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """down(silu(gate) · up) of (..., d)."""
         gate, up = self.up(x).chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
+    """Attention, then the feed-forward layer, each added to the residual stream."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size)
@@ -78,6 +86,7 @@ class Block(nn.Module):
         self.feed_forward = _feed_forward(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, L, d) to (B, L, d)."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
@@ -98,6 +107,7 @@ class LanguageModel(nn.Module):
         self._initialise()
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the byte after each of `tokens` (B, L), L at most config.sequence."""
         length = tokens.shape[1]
         cos, sin = self.cos[:length], self.sin[:length]
         x = self.embedding(tokens)
@@ -106,9 +116,11 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(x))
 
     def moe_layers(self) -> list[penstock.MoE]:
+        """The mixture of each block, in order; none in the dense model."""
         return [b.feed_forward for b in self.blocks if isinstance(b.feed_forward, penstock.MoE)]
 
     def routing_losses(self) -> RoutingLosses:
+        """What the routers of the last call are to be punished for."""
         zero = self.head.weight.new_zeros((), dtype=torch.float32)
         stats = [layer.stats for layer in self.moe_layers()]
         return RoutingLosses(
@@ -157,7 +169,7 @@ def _feed_forward(config: ModelConfig) -> nn.Module:
 
 
 def _rotary_tables(length: int, head_size: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position times frequency, each (L, head_size / 2)."""
+    """Cosine and sine of position times frequency, each (L, head_size / 2)."""
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32) / head_size
     angles = torch.outer(torch.arange(length, dtype=torch.float32), ROTARY_BASE**-exponents)
     return angles.cos(), angles.sin()

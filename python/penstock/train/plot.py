@@ -20,7 +20,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-
 from penstock.train.files import write_atomically
 
 SMOOTHED_SHARE = 0.04  # of the run's steps that the smoothed training loss looks back on
@@ -30,6 +29,8 @@ OURS, DENSE, MARK = "#1f5fa8", "#c2571a", "#555555"
 
 @dataclass(frozen=True)
 class PlotData:
+    """Everything in the picture; losses in nats per byte."""
+
     train: list[tuple[int, float]]  # (step, loss)
     held_out: list[tuple[int, float]]
     marks: dict[str, float]  # name to nats per byte, drawn as horizontal lines
@@ -39,6 +40,7 @@ class PlotData:
 
 
 def draw(data: PlotData, path: Path) -> None:
+    """Write the picture of `data` to `path`."""
     figure = Figure(figsize=(12.5, 5.0), dpi=110, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1.0])
     figure.suptitle(data.title, fontsize=12)

@@ -7,6 +7,8 @@ never carries control characters to the terminal. Used by loop.py and command.py
 
 from __future__ import annotations
 
+from penstock.train.config import RunConfig
+from penstock.train.trainer import Evaluation, StepResult
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -17,9 +19,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-
-from penstock.train.config import RunConfig
-from penstock.train.trainer import Evaluation, StepResult
 
 PLAIN_LINES = 40  # about so many lines in a whole run when there is no terminal
 
@@ -41,6 +40,7 @@ class Display:
         self.console.print(Text(text), soft_wrap=True, highlight=False)
 
     def begin(self, config: RunConfig, step: int) -> None:
+        """A phase starts (or goes on) at `step`."""
         self._steps = config.steps
         self._every = max(1, config.steps // PLAIN_LINES)
         self._tokens_per_step = config.batch * config.model.sequence
@@ -64,6 +64,7 @@ class Display:
         self._bar.start()
 
     def step(self, step: int, result: StepResult, tokens_per_s: float) -> None:
+        """A step was done: the bar moves, or once in a while a line appears."""
         if self._bar is not None:
             speed = f"{tokens_per_s:,.0f}"
             self._bar.update(self._task, completed=step, loss=f"{result.loss:.3f}", speed=speed)
@@ -75,6 +76,7 @@ class Display:
             )
 
     def evaluation(self, step: int, evaluation: Evaluation, result: StepResult) -> None:
+        """A line with the held-out loss and how evenly the experts are used."""
         text = f"step {step:>6}/{self._steps}  held-out {evaluation.loss:.4f} nats/byte"
         if evaluation.loads:
             shares = [share for layer in evaluation.relative_loads() for share in layer]
@@ -86,6 +88,7 @@ class Display:
         self.line(text)
 
     def end(self) -> None:
+        """The phase is over, complete or not."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

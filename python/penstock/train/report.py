@@ -13,8 +13,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from penstock.train.baselines import bigram_loss, unigram_loss
 from penstock.train.data import evaluation_windows
 from penstock.train.files import write_atomically
@@ -24,12 +22,15 @@ from penstock.train.plot import PlotData, draw
 from penstock.train.progress import printable
 from penstock.train.sample import PROMPT, sample
 from penstock.train.trainer import Evaluation
+from rich.table import Table
 
 FINAL_WINDOWS = 512
 
 
 @dataclass(frozen=True)
 class Result:
+    """One row of the table."""
+
     name: str
     nats_per_byte: float
     parameters: int
@@ -128,5 +129,6 @@ def _table(results: list[Result]) -> Table:
 
 
 def files_written(folder: Path) -> str:
+    """The closing line: what is where."""
     names = ("checkpoints/", "metrics.jsonl", "summary.json", "sample.txt", "train.png")
     return f"Wrote {', '.join(names)} in {folder}"

@@ -14,15 +14,14 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
+import penstock
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import penstock
 from penstock.train.config import VOCABULARY, RunConfig
 from penstock.train.data import Corpus, training_windows
 from penstock.train.errors import TrainError
 from penstock.train.model import LanguageModel
+from torch import Tensor
 
 BETAS = (0.9, 0.95)
 FINAL_LR_SHARE = 0.1
@@ -31,6 +30,8 @@ MAX_WARMUP = 100
 
 @dataclass(frozen=True)
 class StepResult:
+    """What one step has to say."""
+
     loss: float  # cross-entropy in nats per byte, auxiliary losses not included
     lr: float
     grad_norm: float
@@ -42,10 +43,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """A pass over held-out windows."""
+
     loss: float  # nats per byte
     loads: list[list[int]]  # slots by layer and expert; empty for the dense model
 
     def idle_experts(self) -> int:
+        """Experts, over all layers, that got nothing."""
         return sum(load == 0 for layer in self.loads for load in layer)
 
     def relative_loads(self) -> list[list[float]]:
