@@ -25,7 +25,7 @@ DENSE_FOLDER = "dense"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options; those not given are absent from the namespace, --out and --resume None."""
+    """Declare the options; one that is not given is absent, --out and --resume are None."""
     # An option that was not given must be told apart from one given with its default's value.
     parser.argument_default = argparse.SUPPRESS
     run, model = RunConfig(), configs.ModelConfig()

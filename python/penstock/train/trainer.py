@@ -73,7 +73,11 @@ def resolve_device(name: str) -> torch.device:
 def _why_no_cuda() -> str:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    return "penstock has no CUDA backend"
+    backends = [backend for backend in penstock.list_backends() if backend.device == "cuda"]
+    if any(backend.available for backend in backends):
+        return ""
+    reasons = "; ".join(f"{backend.name}: {backend.reason}" for backend in backends)
+    return reasons or "this build of penstock has no CUDA backend"
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
