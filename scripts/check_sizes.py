@@ -27,14 +27,15 @@ MAX_TEMPLATE_PARAMETERS = 8
 FOLDERS = (
     "include", "src", "python", "tests", "benchmarks", "examples", "scripts", "cmake",
 )  # fmt: skip
+TORCH_OP = {"custom_op", "register_fake"}
 CPP = {".h", ".cpp", ".cu", ".cuh"}
 COUNTED = CPP | {".py", ".sh", ".cmake"}
 
 
 def is_torch_op(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether torch calls it by its schema, which is flat: no struct may stand for its tensors."""
-    calls = (node.func for node in function.decorator_list if isinstance(node, ast.Call))
-    return any(isinstance(call, ast.Attribute) and call.attr == "custom_op" for call in calls)
+    decorators = (d.func if isinstance(d, ast.Call) else d for d in function.decorator_list)
+    return any(isinstance(d, ast.Attribute) and d.attr in TORCH_OP for d in decorators)
 
 
 def python_problems(name: str, text: str) -> Iterator[str]:
