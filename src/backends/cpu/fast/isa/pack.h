@@ -165,6 +165,11 @@ struct Packer {
       const int64_t steps = words - begin < kSteps ? words - begin : kSteps;
       const Elem* low[kSteps];
       const Elem* high[kSteps];
+      const Elem* ahead[kSteps];
+      for (int64_t step = 0; step < kSteps; ++step) {
+        const int64_t k = (begin + kSteps + step) * Words::kPerWord;
+        ahead[step] = k_at(args, k < args.k_count ? k : 0);
+      }
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t k = (begin + step) * Words::kPerWord;
         low[step] = k_at(args, k);
@@ -174,6 +179,8 @@ struct Packer {
       const bool whole = args.outer_stride == 1 && high[steps - 1] != kZeros;
       uint32_t* panel = args.panels + begin * kPanel;
       for (int64_t o = 0; o < args.outer_count; o += kPanel, panel += args.panel_stride) {
+        for (int64_t step = 0; step < kSteps; ++step)
+          __builtin_prefetch(ahead[step] + o * args.outer_stride);
         if (whole && steps == kSteps && o + kGroups * 8 <= args.outer_count) {
 #pragma GCC unroll 8
           for (int64_t step = 0; step < kSteps; ++step)
