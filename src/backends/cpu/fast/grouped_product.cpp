@@ -19,6 +19,10 @@ constexpr int64_t kTaskPacks = 3;  // row blocks of the largest task
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int64_t blocks_of(int64_t value, int64_t size) { return (value + size - 1) / size; }
 
+int64_t words_of(const GemmKernels& gemm, int64_t k) {
+  return round_up(blocks_of(k, gemm.k_per_word), gemm.word_unit);
+}
+
 int64_t size_of(Element type) { return type == Element::f32 ? 4 : 2; }
 
 struct Tiling {
@@ -38,7 +42,7 @@ struct Layout {
 Layout layout_of(const GemmKernels& gemm, const Tiling& tiling, const ProductExtents& extents) {
   constexpr int64_t kLine = 16;
   const int64_t k = std::min(extents.k, gemm.k_block);
-  const int64_t words = blocks_of(k, gemm.k_per_word);
+  const int64_t words = words_of(gemm, k);
   const int64_t rows = std::min(tiling.rows, extents.m);
   const int64_t packed_rows = std::min(pack_rows(gemm), rows);
   const int64_t cols = std::min(tiling.cols, extents.n);
@@ -219,7 +223,7 @@ void Multiplication::run_step(const RowBlock& block, const Chunk& whole, const S
   multiply.a_panel_stride = layout_.a_panel_stride;
   multiply.b = b;
   multiply.b_panel_stride = layout_.b_panel_stride;
-  multiply.words = blocks_of(step.k, gemm_.k_per_word);
+  multiply.words = words_of(gemm_, step.k);
   multiply.cols = whole.row_stride;
   multiply.ldc = whole.row_stride;
   multiply.mode = step.first ? TileMode::store : TileMode::add;

@@ -4,6 +4,14 @@
 // registers concerned.
 #include "backends/cpu/fast/isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace penstock::cpu::fast {
 namespace {
 
@@ -20,6 +28,31 @@ bool has_avx512() {
 }
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+uint64_t extended_state() {
+  uint32_t low = 0, high = 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t{high} << 32 | low;
+}
+
+// Tile data is a large state: Linux wants to be asked for it, once a process.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx_bf16() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles_and_bf16 = (d >> 24 & 1) != 0 && (d >> 22 & 1) != 0;
+  constexpr uint64_t kTileState = uint64_t{3} << 17;
+  return tiles_and_bf16 && (extended_state() & kTileState) == kTileState && may_use_tiles();
+}
 #endif
 
 }  // namespace
@@ -34,6 +67,8 @@ const char* name_of(Isa isa) {
       return "avx512";
     case Isa::avx512_bf16:
       return "avx512_bf16";
+    case Isa::amx_bf16:
+      return "amx_bf16";
   }
   return "unknown";
 }
@@ -50,35 +85,23 @@ bool is_supported(Isa isa) {
       return has_avx512();
     case Isa::avx512_bf16:
       return has_avx512_bf16();
+    case Isa::amx_bf16: {
+      static const bool usable = has_amx_bf16();
+      return usable;
+    }
   }
   return false;
-}
-
-const IsaKernels& kernels_of(Isa isa) {
-  switch (isa) {
-    case Isa::portable:
-      break;
-    case Isa::avx2:
-      return avx2_kernels();
-    case Isa::avx512:
-      return avx512_kernels();
-    case Isa::avx512_bf16:
-      return avx512_bf16_kernels();
-  }
-  return portable_kernels();
 }
 
 #else
 
 bool is_supported(Isa isa) { return isa == Isa::portable; }
 
-const IsaKernels& kernels_of(Isa) { return portable_kernels(); }
-
 #endif
 
 std::vector<Isa> supported_isas() {
   std::vector<Isa> result;
-  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16})
+  for (Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16})
     if (is_supported(isa)) result.push_back(isa);
   return result;
 }

@@ -107,6 +107,7 @@ struct Gemm {
     result.nr = kNr;
     result.k_block = 256 * Product::kPerWord;
     result.k_per_word = Product::kPerWord;
+    result.word_unit = 1;
     result.a_panel_spill = (8 - kMr % 8) % 8;
     result.b_panel_spill = (8 - kNr % 8) % 8;
     if constexpr (Product::kPerWord == 1) {

@@ -4,7 +4,7 @@
 // blocks, and loops over contiguous rows. Plain structs of pointers, because the files behind them
 // are compiled with flags that the machine may not support: nothing but these tables crosses that
 // border, and those files include nothing that could leave a shared inline function behind.
-// Filled by isa/{portable,avx2,avx512,avx512_bf16}.cpp, read by everything in this folder.
+// Filled by isa/{portable,avx2,avx512,avx512_bf16,amx_bf16}.cpp, read by everything in this folder.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +67,7 @@ struct GemmKernels {
   int64_t nr;             // width of b's panels
   int64_t k_block;        // elements of k that are packed, and summed from 0, at a time
   int64_t k_per_word;     // 1: float panels, any element type; 2: bf16 pairs, bf16 only
+  int64_t word_unit;      // words of k in a panel are filled up with zeros to a multiple of this
   int64_t a_panel_spill;  // words past the end of a panel that packing may overwrite
   int64_t b_panel_spill;
   void (*pack_a)(const PackArgs& args);
@@ -116,6 +117,7 @@ const IsaKernels& portable_kernels();
 const IsaKernels& avx2_kernels();
 const IsaKernels& avx512_kernels();
 const IsaKernels& avx512_bf16_kernels();
+const IsaKernels& amx_bf16_kernels();
 #endif
 
 }  // namespace penstock::cpu::fast

@@ -196,10 +196,14 @@ struct Packer {
     }
   }
 
+  // Whichever axis is not gathered and closer to contiguous.
+  static bool runs_along_k(const PackArgs& args) {
+    if (args.outer_index != nullptr) return true;
+    return args.k_index == nullptr && args.k_stride <= args.outer_stride;
+  }
+
   static void pack(const PackArgs& args) {
-    const bool along_k = args.outer_index != nullptr ||
-                         (args.k_index == nullptr && args.k_stride <= args.outer_stride);
-    if (along_k) {
+    if (runs_along_k(args)) {
       pack_along_k(args);
     } else {
       pack_across(args);

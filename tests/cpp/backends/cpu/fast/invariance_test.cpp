@@ -4,9 +4,9 @@
 // the other tokens of the batch. Small-integer inputs must come out exact.
 #include <gtest/gtest.h>
 
-#include "backends/cpu/fast/fast_backend.h"
 #include "backends/cpu/reference/reference_backend.h"
 #include "layer.h"
+#include "variants.h"
 
 namespace penstock::cpu::fast_test {
 namespace {
@@ -51,9 +51,9 @@ void expect_exact(const LayerSpec& spec, const Backend& backend) {
   }
 }
 
-class FastInvariance : public ::testing::TestWithParam<fast::Isa> {
+class FastInvariance : public ::testing::TestWithParam<Variant> {
  protected:
-  const Backend backend = fast_backend_on(GetParam());
+  const Backend backend = GetParam().backend;
 };
 
 TEST_P(FastInvariance, ThreadsAndRepetitionDoNotChangeBits) {
@@ -129,8 +129,8 @@ TEST_P(FastInvariance, SmallIntegersAreExactForOddSizes) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Isas, FastInvariance, ::testing::ValuesIn(fast::supported_isas()),
-                         [](const auto& isa) { return fast::name_of(isa.param); });
+INSTANTIATE_TEST_SUITE_P(Variants, FastInvariance, ::testing::ValuesIn(variants()),
+                         [](const auto& variant) { return variant.param.name; });
 
 }  // namespace
 }  // namespace penstock::cpu::fast_test

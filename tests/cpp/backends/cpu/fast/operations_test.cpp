@@ -5,8 +5,8 @@
 // biases, uneven loads.
 #include <gtest/gtest.h>
 
-#include "backends/cpu/fast/fast_backend.h"
 #include "layer.h"
+#include "variants.h"
 
 namespace penstock::cpu::fast_test {
 namespace {
@@ -24,11 +24,11 @@ LayerSpec spec_of(int64_t tokens, int64_t hidden, int64_t intermediate, int64_t 
   return spec;
 }
 
-class FastOperations : public ::testing::TestWithParam<fast::Isa> {
+class FastOperations : public ::testing::TestWithParam<Variant> {
  protected:
   void check(const LayerSpec& spec) {
     SCOPED_TRACE(spec.name());
-    const Backend backend = fast_backend_on(GetParam());
+    const Backend backend = GetParam().backend;
     Layer layer(spec);
     for (const Operation& operation : operations())
       EXPECT_EQ(check_operation(layer, operation, {&backend, 2}), "");
@@ -86,8 +86,8 @@ TEST_P(FastOperations, AgreeOverManyBlocksOfK) {
 
 TEST_P(FastOperations, AgreeWithNoTokens) { check(spec_of(0, 24, 16, 3, 2)); }
 
-INSTANTIATE_TEST_SUITE_P(Isas, FastOperations, ::testing::ValuesIn(fast::supported_isas()),
-                         [](const auto& isa) { return fast::name_of(isa.param); });
+INSTANTIATE_TEST_SUITE_P(Variants, FastOperations, ::testing::ValuesIn(variants()),
+                         [](const auto& variant) { return variant.param.name; });
 
 }  // namespace
 }  // namespace penstock::cpu::fast_test
