@@ -4,6 +4,8 @@
 // the other tokens of the batch. Small-integer inputs must come out exact.
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "backends/cpu/reference/reference_backend.h"
 #include "layer.h"
 #include "variants.h"
@@ -124,6 +126,31 @@ TEST_P(FastInvariance, SmallIntegersAreExactForOddSizes) {
             intermediate > 16 ? WeightOrder::input_major : WeightOrder::output_major;
         spec.values = Values::small_integers;
         expect_exact(spec, backend);
+      }
+    }
+  }
+}
+
+// One token of NaN and infinities: nothing of it reaches another token's results.
+TEST_P(FastInvariance, ATokensNaNsStayItsOwn) {
+  for (DType dtype : kDTypes) {
+    Layer clean(layer_spec(dtype));
+    run_all(clean, {&backend, 2});
+    Layer spoilt(layer_spec(dtype));
+    constexpr int64_t kToken = 57;
+    for (int64_t i = 0; i < spoilt.spec.hidden; ++i) {
+      const double value = i % 3 == 0 ? std::numeric_limits<double>::quiet_NaN()
+                                      : std::numeric_limits<double>::infinity();
+      spoilt.x.set(kToken * spoilt.spec.hidden + i, value);
+      spoilt.d_output.set(kToken * spoilt.spec.hidden + i, value);
+    }
+    run_all(spoilt, {&backend, 2});
+    for (Tensor Layer::*member :
+         {&Layer::logits, &Layer::output, &Layer::dx, &Layer::router_dx, &Layer::dscores}) {
+      const int64_t size = (clean.*member).numel() / clean.spec.tokens;
+      for (int64_t i = 0; i < (clean.*member).numel(); ++i) {
+        if (i / size == kToken) continue;
+        ASSERT_EQ((clean.*member).get(i), (spoilt.*member).get(i)) << i << name_of(dtype);
       }
     }
   }
