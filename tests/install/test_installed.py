@@ -57,7 +57,7 @@ def test_headers_and_cmake_files_come_along():
 
 
 def test_the_version_is_the_project_s():
-    assert penstock.__version__ == metadata.version("penstock")
+    assert penstock.version() == metadata.version("penstock")
 
 
 def test_the_program_starts():

@@ -104,7 +104,9 @@ BAD = {
 GOOD = {
     "src/a.cpp": f"void f(int a, int b, int c, int d, int e, int f) {{\n{body(80)}}}\n",
     "src/backends/cuda/a.cu": f"__global__ void f() {{\n{body(150)}}}\n",
-    "python/op.py": '@torch.library.custom_op("n::f")\ndef f(a, b, c, d, e, f, g): ...\n',
+    "tests/test_a.py": "def test_f(a, b, c, d, e, f, g): ...\n",
+    "python/op.py": '@torch.library.custom_op("n::f")\ndef f(a, b, c, d, e, f, g): ...\n'
+    "@f.register_fake\ndef _(a, b, c, d, e, f, g): ...\n",
     "python/a.py": "class A:\n    def f(self, a, b, c, d, e, f, *, g=1): ...\n",
 }
 
