@@ -342,7 +342,8 @@ def _offsets_of(counts: Any) -> Any:
     if arrays_of(counts) is TorchArrays:
         import torch
 
-        return torch.nn.functional.pad(counts.cumsum(0, dtype=counts.dtype), (1, 0))
+        # torch 2.9's inductor forgets the dtype of cumsum(dtype=) over a constant: convert after.
+        return torch.cat((counts.new_zeros(1), counts.cumsum(0).to(counts.dtype)))
     import numpy as np
 
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
