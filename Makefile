@@ -99,7 +99,7 @@ $(OLD_VENV)/.python-$(HASH):
 	touch $@
 
 $(OLD_VENV)/.test: dist/.built $(OLD_VENV)/.python-$(HASH)
-	echo '==> $(OLD_VENV): the same wheel beside an older PyTorch (the first time, some 3 GB more)'
+	echo '==> $(OLD_VENV): the same wheel beside an older PyTorch (the first time, some 4 GB more)'
 	$(call install_wheel,$(OLD_VENV),requirements/oldest.txt,$(TEST_EXTRAS))
 	touch $@
 
