@@ -18,7 +18,6 @@ constexpr Activation kActivations[] = {
     Activation::swiglu,         Activation::geglu, Activation::reglu,
     Activation::swiglu_clamped, Activation::silu,  Activation::gelu,
     Activation::gelu_tanh,      Activation::relu,  Activation::relu_squared};
-constexpr DType kDTypes[] = {DType::float64, DType::float32, DType::float16, DType::bfloat16};
 constexpr int kBinaryAxes = 10;
 
 // One bit for each axis with two values.
@@ -61,17 +60,16 @@ bool repeats(const LayerForm& form) {
          (separate && interleaved);
 }
 
-using Parameters = std::tuple<std::string, DType, Activation>;
+using Parameters = std::tuple<Run, Activation>;
 
 class Forms : public testing::TestWithParam<Parameters> {};
 
 TEST_P(Forms, MatchTheOracle) {
-  const auto& [backend, dtype, activation] = GetParam();
-  if (!runs(backend, dtype)) GTEST_SKIP() << backend << " does not run " << name_of(dtype);
+  const auto& [run, activation] = GetParam();
   for (unsigned bits = 0; bits < (1u << kBinaryAxes); ++bits) {
-    const LayerForm form = form_of(activation, dtype, bits);
+    const LayerForm form = form_of(activation, run.dtype, bits);
     if (repeats(form)) continue;
-    LayerCall call(form, context_of(backend), bits + 1);
+    LayerCall call(form, context_of(run.backend), bits + 1);
     call.forward();
     call.backward();
     call.check_forward();
@@ -81,13 +79,12 @@ TEST_P(Forms, MatchTheOracle) {
 }
 
 std::string test_name(const testing::TestParamInfo<Parameters>& info) {
-  const auto& [backend, dtype, activation] = info.param;
-  return backend + "_" + std::string(name_of(dtype)) + "_" + std::string(name_of(activation));
+  const auto& [run, activation] = info.param;
+  return text_of(run) + "_" + std::string(name_of(activation));
 }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, Forms,
-                         testing::Combine(testing::ValuesIn(cpu_backends()),
-                                          testing::ValuesIn(kDTypes),
+                         testing::Combine(testing::ValuesIn(cpu_runs()),
                                           testing::ValuesIn(kActivations)),
                          test_name);
 

@@ -8,7 +8,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <tuple>
 
 #include "penstock/penstock.h"
 #include "support/backends.h"
@@ -52,16 +51,10 @@ std::vector<double> scores_by_definition(RouterKind kind, const std::vector<doub
   return scores;
 }
 
-using Parameters = std::tuple<std::string, DType>;
-
-class RouterTest : public testing::TestWithParam<Parameters> {
+class RouterTest : public testing::TestWithParam<Run> {
  protected:
-  void SetUp() override {
-    if (!runs(std::get<0>(GetParam()), dtype()))
-      GTEST_SKIP() << std::get<0>(GetParam()) << " does not run " << name_of(dtype());
-  }
-  DType dtype() const { return std::get<1>(GetParam()); }
-  Context context() const { return context_of(std::get<0>(GetParam())); }
+  DType dtype() const { return GetParam().dtype; }
+  Context context() const { return context_of(GetParam().backend); }
 };
 
 Tensor random_tensor(DType dtype, std::initializer_list<int64_t> shape, uint64_t seed) {
@@ -253,14 +246,8 @@ TEST_P(RouterTest, RefusesWhatDoesNotFit) {
          {"slots = T * K", "2147483648"});
 }
 
-INSTANTIATE_TEST_SUITE_P(Cpu, RouterTest,
-                         testing::Combine(testing::ValuesIn(cpu_backends()),
-                                          testing::Values(DType::float64, DType::float32,
-                                                          DType::float16, DType::bfloat16)),
-                         [](const auto& test) {
-                           return std::get<0>(test.param) + "_" +
-                                  std::string(name_of(std::get<1>(test.param)));
-                         });
+INSTANTIATE_TEST_SUITE_P(Cpu, RouterTest, testing::ValuesIn(cpu_runs()),
+                         [](const auto& test) { return text_of(test.param); });
 
 }  // namespace
 }  // namespace penstock::test

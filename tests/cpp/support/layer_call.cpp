@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <utility>
 
 namespace penstock::test {
 namespace {
@@ -80,7 +82,9 @@ void LayerCall::make_dense(uint64_t seed) {
   const int64_t experts = form_.num_experts;
   const auto values = [&](int64_t count, double scale) {
     std::vector<double> v(static_cast<size_t>(count));
-    for (double& value : v) value = rounded(random.value() * scale, form_.dtype);
+    for (double& value : v)
+      value = form_.values == Values::small_integers ? static_cast<double>(random.below(3) - 1)
+                                                     : rounded(random.value() * scale, form_.dtype);
     return v;
   };
   const auto array = [&](int64_t rows, int64_t cols, double scale) {
@@ -118,7 +122,10 @@ void LayerCall::make_slots(Random& random) {
     const int64_t first = random.below(form_.num_experts);
     for (int64_t k = 0; k < count; ++k) {
       const bool skipped = form_.slots == SlotForm::variable && random.below(4) == 0;
-      const double score = rounded(0.1 + std::abs(random.value()), accumulator_of(form_.dtype));
+      const double score =
+          form_.values == Values::small_integers
+              ? static_cast<double>(1 + random.below(2))
+              : rounded(0.1 + std::abs(random.value()), accumulator_of(form_.dtype));
       dense_.slots.push_back({token, skipped ? -1 : (first + k) % form_.num_experts, score});
     }
     token_offsets.push_back(static_cast<int32_t>(dense_.slots.size()));
@@ -302,6 +309,29 @@ void LayerCall::make_outputs(uint64_t seed) {
     dh_ = Tensor(form_.dtype, {problem.row_capacity, problem.preactivation_size()});
     a_scaled_ = Tensor(form_.dtype, {problem.row_capacity, form_.intermediate_size});
   }
+}
+
+void LayerCall::spread(int64_t pad, int64_t offset) {
+  const auto move = [&](TensorView& view, int64_t outer_pad) {
+    if (!view.present()) return;
+    TensorView moved = view;
+    moved.strides[0] += outer_pad;
+    Block block(moved.size(0) * moved.strides[0] * size_of(view.dtype) + offset);
+    moved.data = block.data() + offset;
+    for (int64_t i = 0; i < view.size(0); ++i)
+      std::memcpy(address_at(moved, {i}), address_at(view, {i}),
+                  static_cast<size_t>(view.bytes() / view.size(0)));
+    spread_.push_back(std::move(block));
+    view = moved;
+  };
+  move(forward_args.x, pad);
+  move(backward_args.d_output, pad);
+  backward_args.x = forward_args.x;
+  for (ExpertWeights* weights : {&forward_args.weights, &backward_args.weight_grads.into})
+    for (TensorView* view :
+         {&weights->w1, &weights->w1_up, &weights->w2, &weights->b1, &weights->b1_up, &weights->b2})
+      move(*view, pad);
+  backward_args.weights = forward_args.weights;
 }
 
 Workspace LayerCall::workspace(Block& block, int64_t bytes) {

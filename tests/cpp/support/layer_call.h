@@ -5,6 +5,8 @@
 // Every output, workspace, gap row and unused byte is poison, between guards.
 #pragma once
 
+#include <array>
+#include <ostream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -22,6 +24,16 @@ enum class PassForm : uint8_t { whole, delayed };    // backward in one call or 
 enum class Training : uint8_t { all, some_frozen };  // odd experts are frozen
 // stored_h: float64 but for H, which is rounded as it is stored. exact: float64 throughout.
 enum class Oracle : uint8_t { stored_h, exact };
+// small_integers: exact in every dtype with Activation::relu and sizes of a few.
+enum class Values : uint8_t { random, small_integers };
+
+// The bytes of output, dx, dscores, dw1, dw1_up, dw2, db1, db1_up, db2, for comparisons bit by bit.
+struct ResultBytes {
+  std::array<std::vector<uint8_t>, 9> arrays;
+  friend bool operator==(const ResultBytes&, const ResultBytes&) = default;
+};
+// A number for each array, so that a failure says which one differs.
+void PrintTo(const ResultBytes& bytes, std::ostream* out);
 
 struct LayerForm {
   ExpertsConfig config;
@@ -35,6 +47,7 @@ struct LayerForm {
   GradMode mode = GradMode::overwrite;
   Training training = Training::all;
   Oracle oracle = Oracle::stored_h;
+  Values values = Values::random;
   int64_t num_tokens = 11;
   int64_t hidden_size = 13;
   int64_t intermediate_size = 7;
@@ -53,11 +66,14 @@ class LayerCall {
   // Against the oracle; guards, gap rows and frozen slices too. Failures are gtest's.
   void check_forward() const;
   void check_backward() const;
+  // As the two above, with no error at all.
+  void check_exact();
 
-  // The bytes of every result, for comparisons bit by bit.
-  std::vector<std::vector<uint8_t>> result_bytes() const;
+  ResultBytes result_bytes() const;
 
-  const DenseLayer& dense() const { return dense_; }
+  // Replaces an input by the same values elsewhere: x's rows `pad` elements further apart, every
+  // weight and gradient `offset` bytes off alignment with experts `pad` elements further apart.
+  void spread(int64_t pad, int64_t offset);
 
   // Built by the constructor; a test may bend them before a call.
   ExpertsForwardArgs forward_args;
@@ -85,6 +101,7 @@ class LayerCall {
   void make_inputs();
   void make_outputs(uint64_t seed);
   Workspace workspace(Block& block, int64_t bytes);
+  double tolerance() const;
   void check_rows(const char* name, const Tensor& got, const std::vector<double>& by_token,
                   const std::vector<double>& by_slot) const;
   void check_scores() const;
@@ -93,6 +110,8 @@ class LayerCall {
   int halves() const { return static_cast<int>(form_.config.halves()); }
 
   LayerForm form_;
+  bool exact_ = false;  // set by check_exact
+  std::vector<Block> spread_;
   DenseLayer dense_;
   DenseResults expected_;
   DenseWeights prior_;                // what the gradients held before

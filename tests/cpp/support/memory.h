@@ -5,6 +5,7 @@
 // rounded to the dtype on the way in, so that an oracle can be fed what is stored.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -27,7 +28,7 @@ class Block {
       : storage_(static_cast<size_t>(bytes + 2 * kGuardBytes + 64), kGuard), bytes_(bytes) {
     const auto address = reinterpret_cast<uintptr_t>(storage_.data());
     begin_ = static_cast<size_t>(kGuardBytes) + (64 - (address + kGuardBytes) % 64) % 64;
-    std::memset(data(), fill, static_cast<size_t>(bytes));
+    std::fill_n(data(), bytes, fill);
   }
   Block(Block&&) = default;
   Block& operator=(Block&&) = default;
@@ -97,7 +98,6 @@ class Tensor {
 
   const TensorView& view() const { return view_; }
   const Block& block() const { return block_; }
-  void fill_zero() { std::memset(block_.data(), 0, static_cast<size_t>(block_.bytes())); }
 
  private:
   Block block_;
