@@ -130,11 +130,6 @@ class TorchArrays:
         return like.new_empty((num_bytes,), dtype=torch_dtype("uint8"))
 
     @staticmethod
-    def pass_on(tensor: Any) -> Any:
-        """The argument that the library gets."""
-        return tensor
-
-    @staticmethod
     def uint16_as(tensor: Any) -> str:
         """Torch has bfloat16: uint16 tensors are refused."""
         return ""

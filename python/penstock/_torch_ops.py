@@ -44,16 +44,6 @@ def _refuse_second_order(name: str) -> Any:
     return backward
 
 
-def _refuse_vmap(name: str) -> Any:
-    def vmap(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            f"torch.func.vmap: got penstock::{name}, expected operations with a batching rule. "
-            "Fold the mapped dimension into the tokens: experts work on any number of rows"
-        )
-
-    return vmap
-
-
 @torch.library.custom_op("penstock::router_logits", mutates_args=())
 def router_logits(x: Tensor, weight: Tensor, context: str) -> Tensor:
     """Logits (T, E) of x (T, d) and the router's weight (E, d), in fp32 (float64 for float64)."""
@@ -201,6 +191,7 @@ def experts(
     token_offsets: Tensor | None,
     top_k: int,
     config: str,
+    clamp: list[float],
     context: str,
 ) -> tuple[Tensor, Tensor]:
     """Output (T, d) and H (R_cap, h), which has no elements unless save is preactivation."""
@@ -210,7 +201,7 @@ def experts(
         scores,
         Weights(w1, w1_up, w2, b1, b1_up, b2),
         Plan(expert_counts, expert_offsets, *routing, top_k),
-        Config.unpack(config),
+        Config.unpack(config, clamp),
         CallContext.unpack(context),
     )
     return output, _or_absent(h, x)
@@ -219,7 +210,7 @@ def experts(
 @experts.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     x, _, *weights = args[: 2 + _WEIGHTS]
-    row_to_token, config = args[11], Config.unpack(args[16])
+    row_to_token, config = args[11], Config.unpack(args[16], args[17])
     output = x.new_empty(x.shape)
     if config.save != "preactivation":
         return output, _absent(x)
@@ -251,6 +242,7 @@ def experts_backward(
     wanted: list[bool],
     top_k: int,
     config: str,
+    clamp: list[float],
     context: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first eight inputs of `experts`; no elements where not wanted."""
@@ -261,7 +253,7 @@ def experts_backward(
         Weights(w1, w1_up, w2, b1, b1_up, b2),
         Plan(expert_counts, expert_offsets, *routing, top_k),
         h,
-        Config.unpack(config),
+        Config.unpack(config, clamp),
     )
     grads = _engine_backward.new_weight_grads(saved, Weights(*wanted[2:]), trainable)
     dx, dscores, dweights = _engine_backward.experts_backward(
@@ -284,24 +276,24 @@ def _(d_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.top_k, ctx.config, ctx.context = inputs
-    h = output[1] if Config.unpack(ctx.config).save == "preactivation" else None
+    *tensors, ctx.top_k, ctx.config, ctx.clamp, ctx.context = inputs
+    h = output[1] if Config.unpack(ctx.config, ctx.clamp).save == "preactivation" else None
     ctx.save_for_backward(*tensors, h)
     ctx.set_materialize_grads(False)
 
 
 def _experts_grad(ctx: Any, d_output: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
-    rest = (None,) * 10
+    rest = (None,) * 11
     if d_output is None:
         return (*((None,) * 8), *rest)
-    if Config.unpack(ctx.config).save == "nothing":
+    if Config.unpack(ctx.config, ctx.clamp).save == "nothing":
         raise RuntimeError(
             'save: got "nothing" and a backward pass, expected "preactivation" or "input". '
             "Pass one of these to keep what backward needs"
         )
     wanted = list(ctx.needs_input_grad[: 2 + _WEIGHTS])
     grads = experts_backward(
-        d_output, *ctx.saved_tensors, wanted, ctx.top_k, ctx.config, ctx.context
+        d_output, *ctx.saved_tensors, wanted, ctx.top_k, ctx.config, ctx.clamp, ctx.context
     )
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *rest)
 
@@ -317,5 +309,3 @@ def rows_of_unit_stride(rows: Tensor) -> Tensor:
 
 for _op in (router_logits_backward, route_backward, experts_backward):
     _op.register_autograd(_refuse_second_order(_op._opoverload._schema.name.split("::")[1]))
-for _op in (router_logits, route, plan, experts):
-    _op.register_vmap(_refuse_vmap(_op._opoverload._schema.name.split("::")[1]))

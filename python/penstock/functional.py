@@ -225,10 +225,19 @@ def moe_experts_forward(
     return output, Saved(x, routing.scores, weights, the_plan, h, config, routing.ids)
 
 
-def moe_experts_backward(d_output: Any, saved: Saved) -> Grads:
+def moe_experts_backward(
+    d_output: Any,
+    saved: Saved,
+    *,
+    into: Weights | None = None,
+    mode: str = "overwrite",
+    trainable: Any = None,
+) -> Grads:
     """The backward pass without autograd: gradients of x (T, d), scores (slots) and weights.
 
-    d_output (T, d), dtype of x. Returned weights are functional.Weights of gradients.
+    d_output (T, d), dtype of x. into: functional.Weights of tensors to fill, of the weights' dtype
+    or fp32, None where not wanted; fresh ones by default. mode: "overwrite" or "accumulate".
+    trainable: (E) uint8; experts with 0 are frozen, and their slices left as they are.
     """
     if saved.config.save == "nothing":
         raise invalid(
@@ -237,14 +246,26 @@ def moe_experts_backward(d_output: Any, saved: Saved) -> Grads:
             '"preactivation" or "input"',
             "Pass one of these to moe_experts_forward",
         )
-    wanted = Weights(*(weight is not None for weight in saved.weights))
-    into = Into(_engine_backward.new_weight_grads(saved, wanted, None))
-    return _engine_backward.experts_backward(d_output, saved, (True, True), into, current())
+    if into is None:
+        if mode != "overwrite":
+            raise invalid("into", f"None with mode {mode!r}", "tensors to add to", "Pass them")
+        wanted = Weights(*(weight is not None for weight in saved.weights))
+        into = _engine_backward.new_weight_grads(saved, wanted, trainable)
+    destination = Into(into, mode, trainable)
+    return _engine_backward.experts_backward(d_output, saved, (True, True), destination, current())
 
 
 def _ops() -> Any:
+    import torch
+
     from penstock import _torch_ops
 
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func: got a call of penstock inside vmap, grad, jvp or another transform, "
+            "expected plain autograd. Use torch.autograd.grad; in place of vmap, fold the mapped "
+            "dimension into the tokens"
+        )
     return _torch_ops
 
 
@@ -303,7 +324,7 @@ def _experts(
 
         return experts_with_seams(operands, the_plan, config, Seams(main_grad, delayed, trainable))
     output, _ = _ops().experts(
-        x, scores, *weights, trainable, *the_plan, config.pack(), _context_key()
+        x, scores, *weights, trainable, *the_plan, config.pack(), config.clamp, _context_key()
     )
     return output
 

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "backends/cpu/fast/fast_backend.h"
 #include "backends/cpu/reference/reference_backend.h"
 #include "penstock/error.h"
 
@@ -35,7 +36,8 @@ const Backend& absent_cuda_backend() {
 // Every backend, in the order in which those of one device are tried.
 const std::vector<const Backend*>& known_backends() {
   static const std::vector<const Backend*> backends = [] {
-    std::vector<const Backend*> list = {&cpu::reference_backend(), &absent_cuda_backend()};
+    std::vector<const Backend*> list = {&cpu::fast_backend(), &cpu::reference_backend(),
+                                        &absent_cuda_backend()};
     std::stable_sort(list.begin(), list.end(), [](const Backend* a, const Backend* b) {
       return std::pair(a->device, -a->priority) < std::pair(b->device, -b->priority);
     });
