@@ -17,7 +17,7 @@ DOOR_NAMES = ("cpp", "numpy", "torch")
 COVERED = {*range(1, 19), 21, 22, 26, 27, 28, 34}
 
 
-def tested_in_cpp() -> set[int]:
+def numbers_in_cpp() -> set[int]:
     """Case numbers in the names of the C++ tests."""
     return {
         int(number)
@@ -40,7 +40,7 @@ def test_the_list_is_complete() -> None:
 @pytest.mark.parametrize("number", sorted(HOSTILE))
 def test_each_door_has_a_test(number) -> None:
     declared = HOSTILE[number]
-    tested = TESTED[number] | ({"cpp"} if number in tested_in_cpp() else set())
+    tested = TESTED[number] | ({"cpp"} if number in numbers_in_cpp() else set())
     assert tested == set(declared["doors"])
     for door in set(DOOR_NAMES) - set(declared["doors"]):
         assert declared.get("why_not", {}).get(door), f"no reason why {door} has no test"

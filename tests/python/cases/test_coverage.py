@@ -3,7 +3,7 @@
 
 Each combination runs forward and backward once and is compared with the float64 statement: output
 and every gradient, the logits' included where a router of ours chose. Combinations that differ only
-in layout, order and save policy share one statement. The last tests say what the product leaves out.
+in layout, order and save policy share one statement. The last tests tell what is left out.
 """
 
 from __future__ import annotations
