@@ -7,6 +7,7 @@ import argparse
 import json
 
 import pytest
+
 from penstock.bench import command
 from penstock.bench.measure import measure_memory, time_peers
 from penstock.bench.peers import ALL, penstock_engine, torch_grouped, torch_loop

@@ -11,10 +11,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import numpy as np
-import penstock
 import pytest
 import torch
 from case_layer import HOSTILE, NUMPY_DTYPES, Layer, accumulator, far_from, statement
+
+import penstock
 from penstock import functional
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in NUMPY_DTYPES}

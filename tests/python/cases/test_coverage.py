@@ -11,11 +11,12 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import penstock
 import pytest
 import torch
 from case_layer import declared, far_from, make_layer, statement
 from doors import EVERY_KIND, TorchDoor
+
+import penstock
 from penstock import functional
 
 PRODUCT = declared("products")

@@ -10,11 +10,12 @@ import os
 import time
 
 import numpy as np
-import penstock
 import pytest
 import torch
 from case_layer import make_layer, parameters
 from doors import EVERY_KIND, NumpyDoor, TorchDoor, case, check_statement
+
+import penstock
 from penstock import functional
 
 every_kind = pytest.mark.parametrize(("backend", "dtype"), EVERY_KIND)

@@ -11,11 +11,12 @@ import subprocess
 import sys
 
 import numpy as np
-import penstock
 import pytest
 import torch
 from case_layer import make_layer, parameters
 from doors import DOORS, EVERY_KIND, NumpyDoor, TorchDoor, case, check_same_bits, check_statement
+
+import penstock
 from penstock import functional
 
 every_kind = pytest.mark.parametrize(("backend", "dtype"), EVERY_KIND)

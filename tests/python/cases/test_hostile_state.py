@@ -16,11 +16,12 @@ import threading
 import warnings
 
 import numpy as np
-import penstock
 import pytest
 import torch
 from case_layer import accumulator, bound_for, make_layer, parameters, relative_l2, statement
 from doors import EVERY_KIND, NumpyDoor, TorchDoor, case, check_same_bits
+
+import penstock
 from penstock import functional
 
 every_kind = pytest.mark.parametrize(("backend", "dtype"), EVERY_KIND)

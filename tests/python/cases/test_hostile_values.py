@@ -8,11 +8,12 @@ C++ twins are in tests/cpp/hostile/value_cases.cpp.
 from __future__ import annotations
 
 import numpy as np
-import penstock
 import pytest
 import torch
 from case_layer import accumulator, make_layer, parameters
 from doors import EVERY_KIND, TorchDoor, case, check_same_bits, check_statement
+
+import penstock
 from penstock import functional
 from penstock.routing import ROUTERS
 
