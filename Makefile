@@ -25,7 +25,7 @@ VENV := .venv
 OLD_VENV := .venv-oldest
 BIN := $(VENV)/bin
 WHEEL_SOURCES := $(shell find src include python cmake -type f -not -name '*.pyc') \
-                 CMakeLists.txt pyproject.toml README.md LICENSE
+                 CMakeLists.txt pyproject.toml README.md LICENSE tests/cases/shapes.json
 
 # cmake and ninja are those of .venv in every recipe; they use JOBS cores.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -36,6 +36,8 @@ def read_rows(folder: Path) -> list[Row]:
             if not line.strip():
                 continue
             row = json.loads(line)
+            if "not_run" in row:  # a peer that could not run, with the reason
+                continue
             missing = [name for name in NEEDED if name not in row]
             if missing:
                 raise BadRows(f"{path.name}:{number}: a row without {', '.join(missing)}")

@@ -18,6 +18,7 @@ from penstock import functional
 from penstock._backends import BackendInfo, chosen_backend, list_backends, version, why_not
 from penstock._context import backend
 from penstock.errors import DeviceError, OutOfMemoryError, UnsupportedError
+from penstock.info import collect as info  # the function; the module stays in sys.modules
 from penstock.routing import Routing
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "backend",
     "chosen_backend",
     "functional",
+    "info",
     "list_backends",
     "losses",
     "testing",

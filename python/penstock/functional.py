@@ -301,6 +301,16 @@ def _routing(x: Any, scores: Any, ids: Any) -> Routing:
             f"{x.shape[0]}, as x has",
             "Route the same tokens that the experts get",
         )
+    # torch would take the fake kernel for a mix with meta tensors, and never reach the engine.
+    device = arrays_of(x).device(x)
+    for name, array in (("scores", routing.scores), ("ids", routing.ids)):
+        if arrays_of(array).device(array) != device:
+            raise invalid(
+                f"device of {name}",
+                "{}:{}".format(*arrays_of(array).device(array)),
+                "{}:{}, the device of x".format(*device),
+                "Move one to the other's device",
+            )
     return routing
 
 
@@ -342,7 +352,8 @@ def _offsets_of(counts: Any) -> Any:
     if arrays_of(counts) is TorchArrays:
         import torch
 
-        return torch.nn.functional.pad(counts.cumsum(0, dtype=counts.dtype), (1, 0))
+        # torch 2.9's inductor forgets the dtype of cumsum(dtype=) over a constant: convert after.
+        return torch.cat((counts.new_zeros(1), counts.cumsum(0).to(counts.dtype)))
     import numpy as np
 
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

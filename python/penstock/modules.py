@@ -214,6 +214,9 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        _check_positive(
+            hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts
+        )
         if not 1 <= top_k <= num_experts:
             raise invalid(
                 "top_k", top_k, f"1 to num_experts = {num_experts}", "Choose within the experts"

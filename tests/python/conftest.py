@@ -4,8 +4,9 @@
 import json
 from pathlib import Path
 
-import penstock
 import pytest
+
+import penstock
 
 CASES = Path(__file__).resolve().parents[1] / "cases"
 

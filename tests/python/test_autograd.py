@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the layer behaves as a citizen of autograd: twice, not at all, partly, second order."""
 
-import penstock
 import plain
 import pytest
 import torch
+
+import penstock
 from penstock import functional
 
 SHAPE = (12, 16, 8, 4, 2)

@@ -3,10 +3,11 @@
 
 import itertools
 
-import penstock
 import plain
 import pytest
 import torch
+
+import penstock
 from penstock import functional
 
 SHAPE = (33, 24, 20, 6, 2)

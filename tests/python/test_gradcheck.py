@@ -6,6 +6,7 @@ import itertools
 import plain
 import pytest
 import torch
+
 from penstock import functional
 
 SHAPE = (3, 2, 2, 4, 2)  # T, d, n, E, K

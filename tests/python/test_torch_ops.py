@@ -3,10 +3,11 @@
 
 import shutil
 
-import penstock
 import plain
 import pytest
 import torch
+
+import penstock
 from penstock import _torch_ops as ops
 from penstock import functional
 from penstock._context import CallContext
