@@ -103,8 +103,8 @@ def print_table(console: Any, problem: Problem, rows: list[dict[str, Any]]) -> N
     first = rows[0]
     console.print(
         f"  {first['cpu']}, {first['threads']} threads, torch {first['torch']}. Medians; +-: half "
-        "the quartiles' distance; GF/s: GFLOP/s of the experts' products; kept, peak: MiB besides x, weights and results; ours: how "
-        "many times as fast penstock is.",
+        "the quartiles' distance; GF/s: GFLOP/s of the experts' products; kept, peak: MiB besides "
+        "x, weights and results; ours: how many times as fast penstock is.",
         highlight=False,
         style="dim",
     )
