@@ -25,7 +25,7 @@ VENV := .venv
 OLD_VENV := .venv-oldest
 BIN := $(VENV)/bin
 WHEEL_SOURCES := $(shell find src include python cmake -type f -not -name '*.pyc') \
-                 CMakeLists.txt pyproject.toml README.md LICENSE
+                 CMakeLists.txt pyproject.toml README.md LICENSE tests/cases/shapes.json
 
 # cmake and ninja are those of .venv in every recipe; they use JOBS cores.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -99,7 +99,7 @@ $(OLD_VENV)/.python-$(HASH):
 	touch $@
 
 $(OLD_VENV)/.test: dist/.built $(OLD_VENV)/.python-$(HASH)
-	echo '==> $(OLD_VENV): the same wheel beside an older PyTorch (the first time, some 3 GB more)'
+	echo '==> $(OLD_VENV): the same wheel beside an older PyTorch (the first time, some 4 GB more)'
 	$(call install_wheel,$(OLD_VENV),requirements/oldest.txt,$(TEST_EXTRAS))
 	touch $@
 

@@ -46,3 +46,8 @@ write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/penstockConfigVersi
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/penstockConfig.cmake
               ${CMAKE_CURRENT_BINARY_DIR}/penstockConfigVersion.cmake
   DESTINATION ${penstock_cmakedir})
+
+if(PENSTOCK_WHEEL)
+  # The named shapes of `penstock bench`, the same file that the tests read.
+  install(FILES tests/cases/shapes.json DESTINATION penstock/bench)
+endif()

@@ -4,8 +4,8 @@
 `update_readme.py` rewrites what stands between <!-- bench:begin --> and <!-- bench:end -->;
 `--check` fails if that would change anything, so the table cannot say what no row says. A row is
 one JSON object of benchmarks/results/*.jsonl, as `penstock bench --json FILE` writes it. Rows of
-one shape, dtype and machine make one line of the table: ours, and how many times longer each peer
-took.
+one shape, dtype, device and save policy make one line of the table: ours, and how many times longer
+each peer took. A later row replaces an earlier one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
-OURS = ("fast", "cuda", "reference")  # our backends; any other `impl` is a peer
-NEEDED = ("shape", "device", "dtype", "impl", "forward_ms", "backward_ms", "total_ms")
+OURS = "penstock"  # any other `impl` is a peer
+NEEDED = ("shape", "device", "dtype", "save", "impl", "cpu", "threads", "torch", "commit")
+MEASURED = ("forward_ms", "backward_ms", "total_ms", "kept_bytes")
 
 Row = dict[str, Any]
 
@@ -36,47 +37,57 @@ def read_rows(folder: Path) -> list[Row]:
             if not line.strip():
                 continue
             row = json.loads(line)
-            missing = [name for name in NEEDED if name not in row]
+            needed = NEEDED if "not_run" in row else NEEDED + MEASURED
+            missing = [name for name in needed if name not in row]
             if missing:
                 raise BadRows(f"{path.name}:{number}: a row without {', '.join(missing)}")
             rows.append(row)
     return rows
 
 
-def shape_text(shape: Any) -> str:
-    """T, d, n, E, K of a row's shape, however it was written."""
-    if isinstance(shape, dict):
-        shape = [shape[name] for name in ("T", "d", "n", "E", "K")]
-    return shape if isinstance(shape, str) else ", ".join(str(extent) for extent in shape)
+def line_of(row: Row, by_impl: dict[str, Row], peers: list[str]) -> str:
+    """The table's line for one row of ours, with the ratio to each peer."""
+    sizes = ", ".join(str(row["shape"][name]) for name in "TdnEK")
+    cells = [row["device"], row["dtype"], row["save"], sizes]
+    cells += [f"{row[name]:.2f}" for name in ("forward_ms", "backward_ms", "total_ms")]
+    cells.append(f"{row['kept_bytes'] / 1e6:.2f}")
+    for peer in peers:
+        other = by_impl.get(peer, {"not_run": ""})
+        ratio = other["total_ms"] / row["total_ms"] if "not_run" not in other else None
+        cells.append("does not run" if ratio is None else f"{ratio:.2f}")
+    return "| " + " | ".join(cells) + " |"
 
 
-def is_ours(row: Row) -> bool:
-    """Whether a row times one of our backends."""
-    return str(row["impl"]).removeprefix("penstock").lstrip(":/-. ") in ("", *OURS)
+def caption(rows: list[Row]) -> str:
+    """What the figures were measured on."""
+    places = {(r["cpu"], r["threads"], r["torch"], r["commit"]) for r in rows}
+    texts = [
+        f"{cpu}, {threads} threads, torch {torch}, commit {commit}"
+        for cpu, threads, torch, commit in sorted(places, key=str)
+    ]
+    return (
+        "Measured on " + "; ".join(texts) + ". Medians; kept: bytes between forward and backward."
+    )
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, one line for each row of ours."""
-    groups: dict[tuple[str, str, str], dict[str, Row]] = {}
+    """The rows as a Markdown table, one line for each row of ours, and what it was measured on."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (str(row["device"]), str(row["dtype"]), shape_text(row["shape"]))
-        groups.setdefault(key, {})[str(row["impl"])] = row
-    peers = sorted({str(row["impl"]) for row in rows if not is_ours(row)})
+        key = (row["device"], row["dtype"], row["save"], json.dumps(row["shape"], sort_keys=True))
+        groups.setdefault(key, {})[row["impl"]] = row
+    peers = sorted({row["impl"] for row in rows} - {OURS})
 
-    head = ["device", "dtype", "T, d, n, E, K", "backend", "forward ms", "backward ms", "both ms"]
-    head += ["kept MB", *(f"{peer}: times ours" for peer in peers)]
+    head = ["device", "dtype", "save", "T, d, n, E, K", "forward ms", "backward ms", "both ms"]
+    head += ["kept MB", *(f"{peer} takes, times ours" for peer in peers)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (device, dtype, shape), by_impl in groups.items():
-        for ours in (row for row in by_impl.values() if is_ours(row)):
-            cells = [device, dtype, shape, str(ours["impl"])]
-            cells += [f"{ours[name]:.2f}" for name in ("forward_ms", "backward_ms", "total_ms")]
-            kept = ours.get("kept_bytes")
-            cells.append("" if kept is None else f"{kept / 1e6:.2f}")
-            for peer in peers:
-                row = by_impl.get(peer)
-                cells.append("" if row is None else f"{row['total_ms'] / ours['total_ms']:.2f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    for by_impl in groups.values():
+        ours = by_impl.get(OURS)
+        if ours is None or "not_run" in ours:
+            raise BadRows(f"no {OURS} row that ran beside {', '.join(by_impl)}")
+        lines.append(line_of(ours, by_impl, peers))
+    shown = [row for by_impl in groups.values() for row in by_impl.values()]
+    return "\n".join([*lines, "", caption(shown), ""])
 
 
 def updated(readme: str, rows: list[Row]) -> str:

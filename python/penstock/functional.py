@@ -301,6 +301,16 @@ def _routing(x: Any, scores: Any, ids: Any) -> Routing:
             f"{x.shape[0]}, as x has",
             "Route the same tokens that the experts get",
         )
+    # torch would take the fake kernel for a mix with meta tensors, and never reach the engine.
+    device = arrays_of(x).device(x)
+    for name, array in (("scores", routing.scores), ("ids", routing.ids)):
+        if arrays_of(array).device(array) != device:
+            raise invalid(
+                f"device of {name}",
+                "{}:{}".format(*arrays_of(array).device(array)),
+                "{}:{}, the device of x".format(*device),
+                "Move one to the other's device",
+            )
     return routing
 
 

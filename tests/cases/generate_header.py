@@ -41,7 +41,7 @@ def constant(case, name, value):
 
 
 def tolerance_functions(tolerances):
-    """double stage(DType) and so on, one function per table of tolerances.json."""
+    """Functions double stage(DType) and so on, one function per table of tolerances.json."""
     lines = []
     for name, table in tolerances.items():
         if isinstance(table, dict):

@@ -13,10 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 EMPTY = "before\n<!-- bench:begin -->\n<!-- bench:end -->\nafter\n"
 
 
-def row(impl: str, total: float, **more) -> dict:
-    shape = {"T": 8, "d": 4, "n": 2, "E": 4, "K": 2}
+SHAPE = {"T": 8, "d": 4, "n": 2, "E": 4, "K": 2, "name": "tiny"}
+FACTS = {"cpu": "A CPU", "threads": 2, "torch": "2.15.0", "commit": "abc"}
+
+
+def row(impl: str, total: float | None, **more) -> dict:
+    what = {"shape": SHAPE, "device": "cpu", "dtype": "bf16", "save": "input", "impl": impl}
+    if total is None:
+        return {**what, **FACTS, "not_run": "no such operation", **more}
     times = {"forward_ms": total / 4, "backward_ms": total * 3 / 4, "total_ms": total}
-    return {"shape": shape, "device": "cpu", "dtype": "bf16", "impl": impl, **times, **more}
+    return {**what, **FACTS, **times, "kept_bytes": 2_500_000, **more}
 
 
 def rows(*objects: dict) -> str:
@@ -29,14 +35,16 @@ def run(root: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 def test_rows_become_lines_with_ratios(tree):
-    results = rows(row("fast", 10.0, kept_bytes=2_500_000), row("torch-eager", 25.0))
+    results = rows(row("penstock", 10.0), row("torch-loop", 25.0), row("torch-grouped", None))
     root = tree({"README.md": EMPTY, "benchmarks/results/a.jsonl": results})
     assert run(root, "--check").returncode == 1
     assert (root / "README.md").read_text() == EMPTY
 
     assert run(root).returncode == 0
     text = (root / "README.md").read_text()
-    assert "| cpu | bf16 | 8, 4, 2, 4, 2 | fast | 2.50 | 7.50 | 10.00 | 2.50 | 2.50 |\n" in text
+    cells = "cpu | bf16 | input | 8, 4, 2, 4, 2 | 2.50 | 7.50 | 10.00 | 2.50 | does not run | 2.50"
+    assert f"| {cells} |\n" in text
+    assert "Measured on A CPU, 2 threads, torch 2.15.0, commit abc." in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert run(root, "--check").returncode == 0
@@ -46,8 +54,8 @@ def test_a_later_row_replaces_an_earlier_one(tree):
     root = tree(
         {
             "README.md": EMPTY,
-            "benchmarks/results/a.jsonl": rows(row("fast", 10.0)),
-            "benchmarks/results/b.jsonl": rows(row("fast", 8.0)),
+            "benchmarks/results/a.jsonl": rows(row("penstock", 10.0)),
+            "benchmarks/results/b.jsonl": rows(row("penstock", 8.0)),
         }
     )
     assert run(root).returncode == 0
@@ -57,7 +65,7 @@ def test_a_later_row_replaces_an_earlier_one(tree):
 
 
 def test_an_edited_table_is_noticed(tree):
-    results = rows(row("fast", 10.0))
+    results = rows(row("penstock", 10.0))
     root = tree({"README.md": EMPTY, "benchmarks/results/a.jsonl": results})
     run(root)
     path = root / "README.md"
@@ -66,12 +74,15 @@ def test_an_edited_table_is_noticed(tree):
 
 
 def test_rows_and_marks_that_are_missing_are_named(tree):
-    bad = row("fast", 1.0)
+    bad = row("penstock", 1.0)
     del bad["dtype"]
     root = tree({"README.md": EMPTY, "benchmarks/results/a.jsonl": rows(bad)})
     result = run(root)
     assert result.returncode == 1
     assert "a.jsonl:1: a row without dtype" in result.stderr
+    only_a_peer = rows(row("torch-loop", 1.0))
+    result = run(tree({"README.md": EMPTY, "benchmarks/results/a.jsonl": only_a_peer}))
+    assert "no penstock row" in result.stderr
     assert run(tree({"README.md": "nothing", "benchmarks/results/a.jsonl": ""})).returncode == 1
 
 

@@ -126,21 +126,22 @@ def bench_shape(problem: Any, peers: list[Any], repeats: int, console: Any) -> l
         name = peer.name
         report.add_results(rows[name], problem, verified[name], times[name], memory[name])
         if name == "penstock":
-            rows[name] |= _own_sizes(problem, tensors)
+            rows[name] |= _own_facts(problem, tensors)
     result = list(rows.values())
     report.add_ratios(result)
     report.print_table(console, problem, result)
     return result
 
 
-def _own_sizes(problem: Any, tensors: Any) -> dict[str, Any]:
-    """What Penstock says it needs, and the workspaces that it allocates."""
-    from penstock import backend, functional
+def _own_facts(problem: Any, tensors: Any) -> dict[str, Any]:
+    """The backend that ran, what Penstock says it needs, the workspaces that it allocates."""
+    from penstock import backend, chosen_backend, functional
     from penstock.bench.peers import penstock_engine
     from penstock.testing import watch_workspaces
 
     sizes, settings = problem.shape.sizes, {"dtype": problem.dtype, "save": problem.save}
     with backend(problem.backend, threads=problem.threads):
+        chosen = chosen_backend(sizes, dtype=problem.dtype)
         formula = {
             which: functional.workspace_bytes(sizes, which, **settings)
             for which in ("forward", "backward")
@@ -149,6 +150,7 @@ def _own_sizes(problem: Any, tensors: Any) -> dict[str, Any]:
         output = penstock_engine.forward(problem, tensors)
         output.backward(tensors.d_output)
     return {
+        "backend": chosen,
         "kept_bytes_formula": functional.saved_bytes(sizes, **settings),
         "workspace_bytes": log.peak_bytes,
         "workspace_bytes_formula": max(formula.values()),

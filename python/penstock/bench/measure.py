@@ -108,8 +108,8 @@ def _times(samples: list[tuple[float, float]]) -> Times:
 def measure_memory(peer: Peer, problem: Problem, tensors: Tensors) -> Memory:
     """Bytes kept for backward, and peak bytes beyond what is kept and what is returned.
 
-    Kept: the distinct storages that autograd saves, the layer's own inputs aside. Peak: from torch's
-    allocator, whose events the profiler lists; Penstock's workspaces come from there as well.
+    Kept: the distinct storages that autograd saves, the layer's own inputs aside. Peak: from
+    torch's allocator, whose events the profiler lists; Penstock's workspaces are among them.
     """
     from penstock.testing import kept_bytes
 

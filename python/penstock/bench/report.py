@@ -86,9 +86,10 @@ def print_table(console: Any, problem: Problem, rows: list[dict[str, Any]]) -> N
     shape = problem.shape
     sizes = " ".join(f"{key}={size}" for key, size in zip("TdnEK", shape.sizes, strict=True))
     title = f"{shape.name}: {sizes}, {problem.dtype}, {problem.device}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.padding = (0, 1, 0, 0)
     table.add_column("", no_wrap=True)
-    columns = ("fwd ms", "bwd ms", "both", "spread", "GFLOP/s", "kept", "peak", "error", "ours")
+    columns = ("fwd ms", "bwd ms", "both", "+-", "GF/s", "kept", "peak", "error", "ours")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     ours = next((row for row in rows if row["impl"] == "penstock" and "total_ms" in row), None)
@@ -101,9 +102,9 @@ def print_table(console: Any, problem: Problem, rows: list[dict[str, Any]]) -> N
             console.print(f"  {row['impl']}: {row['not_run']}", highlight=False, markup=False)
     first = rows[0]
     console.print(
-        f"  {first['cpu']}, {first['threads']} threads, torch {first['torch']}. Medians; spread: "
-        "half the quartiles' distance; kept, peak: MiB besides x, weights and results; ours: how "
-        "many times as fast penstock is.",
+        f"  {first['cpu']}, {first['threads']} threads, torch {first['torch']}. Medians; +-: half "
+        "the quartiles' distance; GF/s: GFLOP/s of the experts' products; kept, peak: MiB besides "
+        "x, weights and results; ours: how many times as fast penstock is.",
         highlight=False,
         style="dim",
     )
@@ -114,16 +115,21 @@ def _cells(row: dict[str, Any], ours: dict[str, Any] | None) -> list[str]:
     faster = "" if ours in (None, row) else f"{row['total_ms'] / ours['total_ms']:.2f}x"
     return [
         row["impl"],
-        f"{row['forward_ms']:.1f}",
-        f"{row['backward_ms']:.1f}",
-        f"{row['total_ms']:.1f}",
-        f"{(high - low) / 2:.1f}",
-        f"{row['gflops']:.1f}",
-        f"{row['kept_bytes'] / 2**20:.1f}",
-        f"{row['peak_bytes'] / 2**20:.1f}",
+        _short(row["forward_ms"]),
+        _short(row["backward_ms"]),
+        _short(row["total_ms"]),
+        _short((high - low) / 2),
+        _short(row["gflops"]),
+        _short(row["kept_bytes"] / 2**20),
+        _short(row["peak_bytes"] / 2**20),
         f"{row['rel_l2']:.0e}",
         faster,
     ]
+
+
+def _short(value: float) -> str:
+    """One decimal where it says something."""
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _commit() -> str | None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Verifies before anything is timed: nothing that computes something else gets a row.
 
-Twice: a scaled-down layer against float64 (relative L2 of the output and of every gradient), and the
-full layer against the torch loop in the same dtype. Routing is decided by the same logits for
+Twice: a scaled-down layer against float64 (relative L2 of the output and of every gradient), and
+the full layer against the torch loop in the same dtype. Routing is decided by the same logits for
 everyone, but in a 16-bit dtype two implementations may round a logit differently and choose another
 expert where two nearly tie; such tokens are left out of the comparison.
 """
@@ -78,7 +78,7 @@ def separate_top_k(problem: Problem, tensors: Tensors) -> None:
         close = (gaps <= CLEAR_GAP).nonzero().flatten()
         if clear.numel() == 0:
             raise RuntimeError(
-                f"{problem.shape.name}: got no token whose chosen experts are clear, expected some. "
+                f"{problem.shape.name}: got no token with clear choices, expected one. "
                 "Use fewer experts or a larger hidden size"
             )
         source = clear[torch.arange(close.numel()) % clear.numel()]

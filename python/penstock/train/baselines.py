@@ -8,6 +8,7 @@ Both are counted on the training side with add-one smoothing, p(b | a) = (c(a, b
 from __future__ import annotations
 
 import numpy as np
+
 from penstock.train.config import VOCABULARY
 
 _CHUNK = 1 << 24  # bytes counted at a time, which bounds the temporary arrays

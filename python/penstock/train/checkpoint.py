@@ -20,11 +20,12 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
+from torch import nn
+
 from penstock.train import config as configs
 from penstock.train.config import RunConfig
 from penstock.train.errors import TrainError, disk_error
 from penstock.train.files import PARTIAL, sync
-from torch import nn
 
 FORMAT = 1
 KEPT = 2

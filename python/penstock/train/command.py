@@ -170,11 +170,12 @@ def _next_number(parent: Path) -> Path:
 
 
 def _train(folder: Path, config: RunConfig, corpus) -> int:
+    from rich.console import Console
+
     from penstock.train import loop, report
     from penstock.train.data import evaluation_windows
     from penstock.train.files import locked, write_atomically
     from penstock.train.progress import Display
-    from rich.console import Console
 
     display = Display(Console())
     display.line(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from penstock.train.errors import TrainError, disk_error
 
 HELD_OUT_FRACTION = 0.05

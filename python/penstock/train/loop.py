@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 import numpy as np
+
 from penstock.train import checkpoint
 from penstock.train.config import RunConfig
 from penstock.train.data import Corpus

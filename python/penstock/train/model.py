@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import penstock
 import torch
 import torch.nn.functional as F
-from penstock.train.config import VOCABULARY, ModelConfig
 from torch import Tensor, nn
+
+import penstock
+from penstock.train.config import VOCABULARY, ModelConfig
 
 ROTARY_BASE = 10000.0
 

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+
 from penstock.train.files import write_atomically
 
 SMOOTHED_SHARE = 0.04  # of the run's steps that the smoothed training loss looks back on

@@ -7,8 +7,6 @@ never carries control characters to the terminal. Used by loop.py and command.py
 
 from __future__ import annotations
 
-from penstock.train.config import RunConfig
-from penstock.train.trainer import Evaluation, StepResult
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -19,6 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from penstock.train.config import RunConfig
+from penstock.train.trainer import Evaluation, StepResult
 
 PLAIN_LINES = 40  # about so many lines in a whole run when there is no terminal
 

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.table import Table
+
 from penstock.train.baselines import bigram_loss, unigram_loss
 from penstock.train.data import evaluation_windows
 from penstock.train.files import write_atomically
@@ -22,7 +24,6 @@ from penstock.train.plot import PlotData, draw
 from penstock.train.progress import printable
 from penstock.train.sample import PROMPT, sample
 from penstock.train.trainer import Evaluation
-from rich.table import Table
 
 FINAL_WINDOWS = 512
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+
 from penstock.train.trainer import Trainer
 
 TEMPERATURE = 0.8

@@ -14,14 +14,15 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-import penstock
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+import penstock
 from penstock.train.config import VOCABULARY, RunConfig
 from penstock.train.data import Corpus, training_windows
 from penstock.train.errors import TrainError
 from penstock.train.model import LanguageModel
-from torch import Tensor
 
 BETAS = (0.9, 0.95)
 FINAL_LR_SHARE = 0.1

@@ -17,12 +17,13 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
+from rich.console import Console
+
 from penstock import cli
 from penstock.train.config import ModelConfig, RunConfig
 from penstock.train.data import Corpus, evaluation_windows, load_corpus
 from penstock.train.loop import Session
 from penstock.train.progress import Display
-from rich.console import Console
 
 TINY = ModelConfig(
     layers=2, hidden_size=16, heads=2, experts=5, top_k=2, intermediate_size=6, sequence=12

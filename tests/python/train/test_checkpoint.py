@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import quiet_session, tiny_config
+
 from penstock.train import checkpoint, config, loop
 from penstock.train.checkpoint import Progress, Training
 from penstock.train.data import Corpus

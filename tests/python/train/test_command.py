@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import TINY_OPTIONS, train_command
 from matplotlib import image
+
 from penstock import cli
 from penstock.train import checkpoint
 from penstock.train.metrics import read_metrics

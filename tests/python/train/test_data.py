@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from penstock.train.baselines import bigram_loss, unigram_loss
 from penstock.train.data import (
     SEPARATOR,

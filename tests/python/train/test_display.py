@@ -7,11 +7,12 @@ import io
 import json
 from pathlib import Path
 
+from rich.console import Console
+
 from penstock.train.config import RunConfig
 from penstock.train.metrics import MetricsLog, read_metrics
 from penstock.train.progress import Display, printable
 from penstock.train.trainer import Evaluation, StepResult
-from rich.console import Console
 
 RESULT = StepResult(
     loss=2.5, lr=1e-3, grad_norm=1.0, aux_loss=1.1, z_loss=2.0, idle_experts=0, max_load=1.5

@@ -7,10 +7,11 @@ import dataclasses
 import math
 from pathlib import Path
 
-import penstock
 import pytest
 import torch
 from conftest import TINY, tiny_config
+
+import penstock
 from penstock.train.baselines import unigram_loss
 from penstock.train.config import ModelConfig, RunConfig
 from penstock.train.data import Corpus, evaluation_windows, load_corpus

@@ -20,8 +20,8 @@ class Peer(NamedTuple):
     name: str
     why_not: Callable[[Problem], str]
     forward: Callable[[Problem, Tensors], Any]  # the output (T, d)
-    # Times the contract's error that it may have. Peers that round scores and sums to a 16-bit dtype
-    # are less exact than the contract asks of us, and are timed all the same.
+    # Times the contract's error that it may have. Peers that round scores and sums to a 16-bit
+    # dtype are less exact than the contract asks of us, and are timed all the same.
     allowance: float = 1.0
 
 

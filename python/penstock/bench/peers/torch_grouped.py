@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch eager with its grouped product: torch.nn.functional.grouped_mm, or _grouped_mm before it."""
+"""torch eager with its grouped product: nn.functional.grouped_mm, or torch._grouped_mm before."""
 
 from __future__ import annotations
 

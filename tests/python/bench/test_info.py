@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""penstock info: complete where everything is there, and of use where something is missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+
+from penstock import info
+
+
+def printed(capsys, *options: str) -> str:
+    parser = argparse.ArgumentParser()
+    info.add_arguments(parser)
+    assert info.run(parser.parse_args(options)) == 0
+    return capsys.readouterr().out
+
+
+def test_json_and_text_tell_the_same(capsys):
+    facts = json.loads(printed(capsys, "--json"))
+    text = printed(capsys)
+    assert facts["engine"]["version"]
+    names = [backend["name"] for backend in facts["engine"]["backends"]]
+    assert {"reference", "fast", "cuda"} <= set(names)
+    assert all(name in text for name in names)
+    for backend in facts["engine"]["backends"]:
+        assert backend["available"] or backend["reason"] in text
+    assert facts["cpu"]["name"] in text
+    assert facts["cpu"]["usable_cores"] >= 1
+
+
+def test_without_torch_and_rich():
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['rich'] = None\n"
+        "from penstock import info; print(info.as_text(info.collect()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout
+
+
+def test_a_library_that_cannot_be_loaded_is_a_line_not_a_crash(monkeypatch):
+    import penstock
+
+    def missing():
+        raise ImportError("penstock's engine: got no file, expected the library")
+
+    monkeypatch.setattr(penstock, "list_backends", missing)
+    facts = info.collect()
+    assert facts["engine"]["backends"] == []
+    assert "cannot be loaded: penstock's engine" in info.as_text(facts)
+
+
+def test_gpu_from_nvidia_smi(monkeypatch):
+    listed = "NVIDIA H200, 9.0, 143771, 570.10\nNVIDIA H200, 9.0, 143771, 570.10\n"
+
+    def smi(*args, **options):
+        return subprocess.CompletedProcess(args, 0, stdout=listed)
+
+    monkeypatch.setattr(info.subprocess, "run", smi)
+    facts = info.gpu()
+    assert [device["name"] for device in facts["devices"]] == ["NVIDIA H200"] * 2
+    assert facts["driver"] == "570.10"
+    assert "580" in facts["note"]
+
+
+def test_no_gpu(monkeypatch):
+    def absent(*args, **options):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(info.subprocess, "run", absent)
+    monkeypatch.setattr(info.Path, "read_text", lambda *a, **k: absent())
+    assert info.gpu() == {"devices": [], "driver": None, "note": "no NVIDIA driver found"}
