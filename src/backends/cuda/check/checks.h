@@ -17,7 +17,10 @@ struct CheckCase {
 };
 
 void check_layer(Report& report, const CheckCase& test);
+// Dispatched rows, absent tensors, frozen experts, no rows at all.
+void check_options(Report& report);
 void check_router(Report& report, DType dtype, int64_t tokens, int64_t d, int64_t experts);
+void launch_products(const LayerShape& shape);
 void time_products(const char* name, const LayerShape& shape);
 
 template <typename T>

@@ -32,28 +32,33 @@ void Report::judge(const std::string& stage, const std::string& where, const Com
   DeviceArray<double> row_error(compared.rows), row_norm(compared.rows);
   const int64_t blocks = (compared.columns + 15) / 16;
   DeviceArray<double> block_error(blocks), block_norm(blocks);
+  DeviceArray<double> rounding(1);
   DeviceArray<unsigned long long> counters(2);
-  for (auto* array : {&row_error, &row_norm, &block_error, &block_norm}) array->zero();
+  for (auto* array : {&row_error, &row_norm, &block_error, &block_norm, &rounding}) array->zero();
   counters.zero();
   compare<E><<<1024, 256>>>(compared, {row_error.data(), row_norm.data(), block_error.data(),
-                                       block_norm.data(), counters.data(), counters.data() + 1});
+                                       block_norm.data(), rounding.data(), counters.data(),
+                                       counters.data() + 1});
   require(cudaDeviceSynchronize(), (stage + " " + where).c_str());
   const auto errors = row_error.host(), norms = row_norm.host();
   const auto count = counters.host();
   const double error = total(errors), norm = total(norms);
   const double overall = error == 0.0 ? 0.0 : std::sqrt(error / std::max(norm, 1e-300));
+  // A handful of elements, or elements below the type's normal range, may round worse than the
+  // contract; then the reference's own rounding is the measure.
+  const double best = std::sqrt(rounding.host()[0] / std::max(norm, 1e-300));
+  const double allowed = std::max(tolerance.overall, 1.2 * best);
   const double local = std::max(worst_ratio(errors, norms),
                                 worst_ratio(block_error.host(), block_norm.host()));
   Stage& entry = stages_[stage];
   ++entry.checks;
   const bool exact_wanted = values == Values::integers;
   if (!exact_wanted) {
-    entry.worst = std::max(entry.worst, overall / tolerance.overall);
-    entry.worst_local = std::max(entry.worst_local, local / tolerance.overall);
+    entry.worst = std::max(entry.worst, overall / allowed);
+    entry.worst_local = std::max(entry.worst_local, local / allowed);
   }
   const bool good = count[1] == 0 && (exact_wanted ? count[0] == 0
-                                                   : overall <= tolerance.overall &&
-                                                         local <= 4 * tolerance.overall);
+                                                   : overall <= allowed && local <= 4 * allowed);
   if (good) return;
   fail(stage, where,
        "rel L2 " + std::to_string(overall * 1e3) + "e-3, worst row or block " +

@@ -204,6 +204,7 @@ struct Sums {
   double* row_norm;
   double* block_error;  // 16 columns
   double* block_norm;
+  double* rounding;            // error of the reference itself, rounded to the stored type
   unsigned long long* wrong;   // elements that are not the rounded reference (integer inputs)
   unsigned long long* broken;  // guard elements overwritten, or NaN results
 };
@@ -222,8 +223,9 @@ __global__ void compare(Compared c, Sums sums) {
     }
     const double want = c.want[i];
     if (isnan(got)) atomicAdd(sums.broken, 1ull);
-    if (static_cast<float>(static_cast<E>(static_cast<float>(want))) != got)
-      atomicAdd(sums.wrong, 1ull);
+    const float rounded = static_cast<float>(static_cast<E>(static_cast<float>(want)));
+    if (rounded != got) atomicAdd(sums.wrong, 1ull);
+    atomicAdd(sums.rounding, (rounded - want) * (rounded - want));
     const double error = (got - want) * (got - want);
     atomicAdd(&sums.row_error[row], error);
     atomicAdd(&sums.row_norm[row], want * want);

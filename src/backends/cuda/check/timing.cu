@@ -47,6 +47,18 @@ class Timer {
 
 }  // namespace
 
+// One launch of each, for a profiler.
+void launch_products(const LayerShape& shape) {
+  Layer<__nv_bfloat16> layer(shape, {}, 5);
+  launch_up_projection(layer.up_args(), {});
+  launch_down_projection(layer.down_args(), {});
+  launch_down_backward(layer.down_backward_args(), {});
+  launch_up_backward(layer.up_backward_args(), {});
+  launch_weight_gradient(layer.dw1_args(), {});
+  launch_weight_gradient(layer.dw2_args(), {});
+  require(cudaDeviceSynchronize(), "profile");
+}
+
 void time_products(const char* name, const LayerShape& shape) {
   using Element = __nv_bfloat16;
   Layer<Element> layer(shape, {}, 5);

@@ -76,14 +76,17 @@ struct DownBackwardEpilogue {
       __syncwarp();
 #pragma unroll
       for (int group = 0; group < 8; ++group) {
-        if (group * 8 >= valid) break;
 #pragma unroll
         for (int lower = 0; lower < 2; ++lower) {
-          if (Lane::row() + lower * 8 >= rows) continue;
           const int at = 4 * (first / 8 + group) + 2 * lower;
-          differentiate(function, params.activation, place, group, lower, {sums[at], sums[at + 1]},
-                        pair);
+          const float product = differentiate(function, params.activation, place, group, lower,
+                                              {sums[at], sums[at + 1]}, pair.score[lower]);
+          // No branch, so that the elements' long chains overlap: columns past the end and rows
+          // past the expert compute on whatever the pieces hold, and are neither summed nor stored.
+          pair.partial[lower] += group * 8 < valid ? product : 0.0f;
         }
+        // Eight elements at a time are enough; loading all of H at once would spill.
+        if (group % 2 == 1) asm volatile("" ::: "memory");
       }
       for (int half = 0; half < kHalves; ++half) {
         Piece<Element>{place.staging + half * kPieceBytes}.store(
@@ -95,13 +98,14 @@ struct DownBackwardEpilogue {
   }
 
   // Two neighbouring columns of one row: H in the pieces becomes dH, A' goes to the last piece.
+  // Returns their share of <G, A>.
   template <typename Function>
-  static __device__ void differentiate(Function, const ActivationParams& activation,
-                                       const WarpPlace& place, int group, int lower, float2 g,
-                                       RowPair& pair) {
+  static __device__ __forceinline__ float differentiate(Function,
+                                                        const ActivationParams& activation,
+                                                        const WarpPlace& place, int group,
+                                                        int lower, float2 g, float score) {
     const Piece<Element> first{place.staging};
     const Piece<Element> scaled{place.staging + kHalves * kPieceBytes};
-    const float score = lower == 0 ? pair.score[0] : pair.score[1];
     const float2 h = Pair<Element>::unpack(first.pair(group, lower));
     float2 value;
     if constexpr (kGating == Gating::gated) {
@@ -122,12 +126,7 @@ struct DownBackwardEpilogue {
       value = {low.value, high.value};
     }
     scaled.pair(group, lower) = Pair<Element>::pack(score * value.x, score * value.y);
-    const float sum = g.x * value.x + g.y * value.y;
-    if (lower == 0) {
-      pair.partial[0] += sum;
-    } else {
-      pair.partial[1] += sum;
-    }
+    return g.x * value.x + g.y * value.y;
   }
 
   static __device__ float score_of(const Params& params, int64_t first_row, int row, int rows) {

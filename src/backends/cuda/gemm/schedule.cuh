@@ -56,7 +56,7 @@ class RowSchedule {
   static constexpr bool kMayBeEmpty = false;  // every tile has k tiles
 
   __device__ explicit RowSchedule(const Params& params)
-      : params_(params), tile_(static_cast<int32_t>(blockIdx.x)), lane_(threadIdx.x % 32) {
+      : params_(params), tile_(static_cast<int32_t>(blockIdx.x)) {
     load(0);
   }
 
@@ -88,20 +88,20 @@ class RowSchedule {
  private:
   // Counts of 32 experts, one a lane, and the inclusive sum of their tiles.
   __device__ void load(int32_t expert) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
     base_expert_ = expert;
-    count_ = params_.groups.count(expert + lane_);
+    count_ = params_.groups.count(expert + lane);
     inclusive_ = (count_ + kTileM - 1) / kTileM * params_.n_tiles;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
       const int32_t below = __shfl_up_sync(~0u, inclusive_, distance);
-      if (lane_ >= distance) inclusive_ += below;
+      if (lane >= distance) inclusive_ += below;
     }
     total_ = __shfl_sync(~0u, inclusive_, 31);
   }
 
   const Params& params_;
   int32_t tile_;
-  int32_t lane_;
   int32_t base_expert_ = 0;
   int32_t base_tile_ = 0;
   int32_t count_ = 0;
