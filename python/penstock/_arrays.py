@@ -62,7 +62,7 @@ class NumpyArrays:
 
     @staticmethod
     def pass_on(array: np.ndarray | None) -> Any:
-        """The argument that the library gets: bfloat16 as its bits, read-only arrays as they are."""
+        """The argument that the library gets: bfloat16 as bits, read-only as it is."""
         if array is None:
             return None
         if array.dtype.name == "bfloat16":
@@ -128,11 +128,6 @@ class TorchArrays:
     def workspace(num_bytes: int, like: Any) -> Any:
         """Scratch memory, from torch's allocator so that its statistics and hooks see it."""
         return like.new_empty((num_bytes,), dtype=torch_dtype("uint8"))
-
-    @staticmethod
-    def pass_on(tensor: Any) -> Any:
-        """The argument that the library gets."""
-        return tensor
 
     @staticmethod
     def uint16_as(tensor: Any) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from penstock._arrays import arrays_of
+from penstock._arrays import TorchArrays, arrays_of
 from penstock._context import CallContext
 from penstock._library import library
 from penstock._memory import workspace
@@ -33,14 +33,18 @@ class Config(NamedTuple):
     clamp_limit: float = 7.0
 
     def pack(self) -> str:
-        """A string that an operator's schema can carry; unpack is its inverse."""
-        return ",".join(str(value) for value in self)
+        """The names in one string, which an operator's schema can carry."""
+        return f"{self.activation},{self.gate_layout},{self.weight_order},{self.save}"
+
+    @property
+    def clamp(self) -> list[float]:
+        """The numbers; apart from the names because torch.compile may hold them as symbols."""
+        return [self.clamp_alpha, self.clamp_limit]
 
     @staticmethod
-    def unpack(packed: str) -> Config:
-        """The inverse of pack."""
-        *names, alpha, limit = packed.split(",")
-        return Config(*names, float(alpha), float(limit))
+    def unpack(packed: str, clamp: list[float]) -> Config:
+        """The inverse of pack and clamp."""
+        return Config(*packed.split(","), *clamp)
 
     @property
     def halves(self) -> int:
@@ -136,7 +140,7 @@ def router_logits(x: Any, weight: Any, context: CallContext) -> Any:
     call = call_tuple(context, x)
     logits = arrays.empty((x.shape[0], weight.shape[0]), accumulator(problem.dtype), x)
     scratch = workspace(library().router_workspace_bytes(call, problem), x)
-    library().router_logits(call, pass_on(x, weight, logits, scratch))
+    library().router_logits(call, pass_on(x, x, weight, logits, scratch))
     return logits
 
 
@@ -150,7 +154,7 @@ def router_logits_backward(
     dx = arrays.empty(tuple(x.shape), problem.dtype, x) if wanted[0] else None
     dweight = arrays.empty(tuple(weight.shape), problem.dtype, x) if wanted[1] else None
     scratch = workspace(library().router_workspace_bytes(call, problem), x)
-    tensors = pass_on(dlogits, x, weight, dx, dweight, scratch)
+    tensors = pass_on(x, dlogits, x, weight, dx, dweight, scratch)
     library().router_logits_backward(call, tensors)
     return dx, dweight
 
@@ -166,7 +170,7 @@ def route(logits: Any, top_k: int, router: str, context: CallContext) -> tuple[A
     shape = (logits.shape[0], top_k)
     scores = arrays.empty(shape, arrays.dtype_name(logits), logits)
     ids = arrays.empty(shape, "int32", logits)
-    library().route(call_tuple(context, logits), router, pass_on(logits, scores, ids))
+    library().route(call_tuple(context, logits), router, pass_on(logits, logits, scores, ids))
     return scores, ids
 
 
@@ -180,14 +184,12 @@ def route_backward(
     logits, scores, ids = saved
     arrays = arrays_of(scores)
     dlogits = arrays.empty((scores.shape[0], num_experts), arrays.dtype_name(scores), scores)
-    tensors = pass_on(logits, scores, ids, dscores, dlogits)
+    tensors = pass_on(scores, logits, scores, ids, dscores, dlogits)
     library().route_backward(call_tuple(context, scores), router, tensors)
     return dlogits
 
 
-def build_plan(
-    ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext
-) -> Plan:
+def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext) -> Plan:
     """The plan of flat ids (slots); `shape` is (num_tokens, num_experts)."""
     num_tokens, num_experts = shape
     _check_rank("ids", ids, 1, "(slots,)")
@@ -216,7 +218,7 @@ def build_plan(
     device = arrays.device(ids)
     problem = Problem(0, 0, 0, num_experts, num_slots, num_slots, "float32", *device)
     scratch = workspace(library().plan_workspace_bytes(call, problem), ids)
-    tensors = pass_on(None, ids, token_offsets, scratch)
+    tensors = pass_on(ids, None, ids, token_offsets, scratch)
     library().build_plan(call, tensors, num_tokens, plan_arguments(plan))
     return plan
 
@@ -239,8 +241,8 @@ def experts_forward(
     allocate = arrays.zeros if plan.dispatched else arrays.empty
     output = allocate((problem.num_tokens, problem.hidden_size), problem.dtype, x)
     scratch = workspace(library().forward_workspace_bytes(call, config, problem), x)
-    tensors = pass_on(x, scores, h, output, scratch)
-    library().experts_forward(call, config, tensors, pass_on(*weights), plan_arguments(plan))
+    tensors = pass_on(x, x, scores, h, output, scratch)
+    library().experts_forward(call, config, tensors, pass_on(x, *weights), plan_arguments(plan))
     return output, h
 
 
@@ -270,17 +272,17 @@ def check_operands(x: Any, weights: Weights) -> None:
             )
 
 
-def pass_on(*arrays: Any) -> tuple[Any, ...]:
-    """The tensors of one argument group, as the library takes them."""
-    return tuple(None if array is None else arrays_of(array).pass_on(array) for array in arrays)
+def pass_on(like: Any, *group: Any) -> tuple[Any, ...]:
+    """The tensors of one argument group, as the library takes them; all like `like`."""
+    arrays = arrays_of(like)
+    if arrays is TorchArrays:
+        return group
+    return tuple(None if array is None else arrays.pass_on(array) for array in group)
 
 
 def plan_arguments(plan: Plan) -> tuple[Any, int]:
     """The plan as the library takes it; dropped_slots is not wanted, as R_cap covers every slot."""
-    return pass_on(*plan[:6], None), plan.top_k
-
-
-
+    return pass_on(plan.expert_counts, *plan[:6], None), plan.top_k
 
 
 def _router_problem(x: Any, weight: Any) -> Problem:

@@ -93,11 +93,9 @@ def experts_backward(
     problem = problem_of(saved.x, saved.weights, saved.plan, saved.config)
     dx, dscores = _data_grads(saved, wanted)
     call = call_tuple(context, saved.x)
-    scratch = workspace(
-        library().backward_workspace_bytes(call, saved.config, problem), saved.x
-    )
+    scratch = workspace(library().backward_workspace_bytes(call, saved.config, problem), saved.x)
     tensors = pass_on(
-        d_output, saved.x, saved.scores, saved.h, dx, dscores, None, None, scratch
+        saved.x, d_output, saved.x, saved.scores, saved.h, dx, dscores, None, None, scratch
     )
     library().experts_backward(*_arguments(call, saved, tensors, into))
     return Grads(dx, dscores, into.weights)
@@ -115,7 +113,7 @@ def experts_backward_data(
         library().backward_data_workspace_bytes(call, saved.config, problem), saved.x
     )
     tensors = pass_on(
-        d_output, saved.x, saved.scores, saved.h, dx, dscores, *delayed, scratch
+        saved.x, d_output, saved.x, saved.scores, saved.h, dx, dscores, *delayed, scratch
     )
     library().experts_backward_data(*_arguments(call, saved, tensors, Into(NOTHING)))
     return Grads(dx, dscores, NOTHING), delayed
@@ -130,17 +128,16 @@ def experts_backward_weights(
     scratch = workspace(
         library().backward_weights_workspace_bytes(call, saved.config, problem), saved.x
     )
-    tensors = pass_on(
-        d_output, saved.x, saved.scores, None, None, None, *delayed, scratch
-    )
+    tensors = pass_on(saved.x, d_output, saved.x, saved.scores, None, None, None, *delayed, scratch)
     library().experts_backward_weights(*_arguments(call, saved, tensors, into))
 
 
 def _arguments(
     call: tuple[Any, ...], saved: Saved, tensors: tuple[Any, ...], into: Into
 ) -> tuple[Any, ...]:
-    grads = (pass_on(*into.weights), into.mode, pass_on(into.trainable)[0])
-    weights = pass_on(*saved.weights)
+    x = saved.x
+    grads = (pass_on(x, *into.weights), into.mode, pass_on(x, into.trainable)[0])
+    weights = pass_on(x, *saved.weights)
     return (call, saved.config, tensors, weights, plan_arguments(saved.plan), grads)
 
 

@@ -33,10 +33,10 @@ class LayerCheck {
 
   void judge_rows(const char* stage, const DeviceArray<E>& got, const DeviceArray<double>& want,
                   int64_t columns, Values values) {
-    report_.template judge<E>(stage, where_,
-                              {got.data(), want.data(), layer_.expert_of_row.data(), layer_.rows,
-                               columns, columns, 1},
-                              tolerance(), values);
+    report_.template judge<E>(
+        stage, where_,
+        {got.data(), want.data(), layer_.expert_of_row.data(), layer_.rows, columns, columns, 1},
+        tolerance(), values);
   }
 
   RefProduct product(RefRows a, int64_t n, int64_t n_halves, int64_t k, int64_t k_halves) const {
@@ -72,10 +72,9 @@ class LayerCheck {
     const UpWeights w = layer_.up_weights();
     launch_up_projection(layer_.up_args(), {});
     DeviceArray<double> want_h(layer_.rows * layer_.h_size);
-    RefProduct up = product({layer_.x.data(), s.d, layer_.row_to_token.data()}, s.n,
-                            layer_.halves, s.d, 1);
-    up.b = {{w.w[0].data, w.w[1].data}, w.w[0].expert_stride, w.w[0].row_stride,
-            w.w[0].col_stride};
+    RefProduct up =
+        product({layer_.x.data(), s.d, layer_.row_to_token.data()}, s.n, layer_.halves, s.d, 1);
+    up.b = {{w.w[0].data, w.w[1].data}, w.w[0].expert_stride, w.w[0].row_stride, w.w[0].col_stride};
     up.bias[0] = w.b[0].data;
     up.bias[1] = w.b[1].data;
     up.bias_expert_stride = w.b[0].expert_stride;
@@ -106,8 +105,8 @@ class LayerCheck {
     launch_down_backward(layer_.down_backward_args(), {});
     const GroupedMatrix w2 = layer_.down_weights().w;
     DeviceArray<double> g(layer_.rows * s.n);
-    RefProduct down = product({layer_.d_output.data(), s.d, layer_.row_to_token.data()}, s.n, 1,
-                              s.d, 1);
+    RefProduct down =
+        product({layer_.d_output.data(), s.d, layer_.row_to_token.data()}, s.n, 1, s.d, 1);
     down.b = {{w2.data, nullptr}, w2.expert_stride, w2.col_stride, w2.row_stride};
     launch_reference(down, g);
     DeviceArray<double> want_dh(layer_.rows * layer_.h_size), want_a(layer_.rows * s.n),
@@ -128,10 +127,8 @@ class LayerCheck {
     launch_up_backward(layer_.up_backward_args(), {});
     const UpWeights w = layer_.up_weights();
     DeviceArray<double> want_dx(layer_.rows * s.d);
-    RefProduct up = product({layer_.dh.data(), layer_.h_size, nullptr}, s.d, 1, s.n,
-                            layer_.halves);
-    up.b = {{w.w[0].data, w.w[1].data}, w.w[0].expert_stride, w.w[0].col_stride,
-            w.w[0].row_stride};
+    RefProduct up = product({layer_.dh.data(), layer_.h_size, nullptr}, s.d, 1, s.n, layer_.halves);
+    up.b = {{w.w[0].data, w.w[1].data}, w.w[0].expert_stride, w.w[0].col_stride, w.w[0].row_stride};
     launch_reference(up, want_dx);
     judge_rows("up_backward dX~", layer_.dx_rows, want_dx, s.d, values_after_activation());
   }
@@ -158,7 +155,8 @@ class LayerCheck {
     const RefRows x = {layer_.x.data(), s.d, layer_.row_to_token.data()};
     const RefRows d_output = {layer_.d_output.data(), s.d, layer_.row_to_token.data()};
     const RefRows a_scaled = {layer_.a_scaled.data(), s.n, nullptr};
-    gradient("weight_gradient 1", layer_.dw1_args(), {dh, x, nullptr, nullptr, 0, layer_.h_size, s.d});
+    gradient("weight_gradient 1", layer_.dw1_args(),
+             {dh, x, nullptr, nullptr, 0, layer_.h_size, s.d});
     gradient("weight_gradient 2", layer_.dw2_args(),
              {d_output, a_scaled, nullptr, nullptr, 0, s.d, s.n});
   }
@@ -182,8 +180,10 @@ class LayerCheck {
       for (int64_t half = 0; half < args.halves; ++half) {
         const GroupedMatrix& out = args.out[half];
         const int64_t at = expert * out.expert_stride;
-        Compared c = {nullptr, want.data() + (expert * p.rows + half * rows) * p.columns, nullptr,
-                      rows, p.columns, out.row_stride, out.col_stride};
+        Compared c = {nullptr,       want.data() + (expert * p.rows + half * rows) * p.columns,
+                      nullptr,       rows,
+                      p.columns,     out.row_stride,
+                      out.col_stride};
         if (fp32) {
           c.got = static_cast<float*>(out.data) + at;
           report_.template judge<float>("weight_gradient f", where_, c, Tolerance::fp32(),
@@ -212,8 +212,8 @@ class LayerCheck {
   }
 
   std::vector<uint8_t> run_once() {
-    for (auto* array : {&layer_.h, &layer_.a, &layer_.y, &layer_.dh, &layer_.a_scaled,
-                        &layer_.dx_rows}) {
+    for (auto* array :
+         {&layer_.h, &layer_.a, &layer_.y, &layer_.dh, &layer_.a_scaled, &layer_.dx_rows}) {
       array->poison();
     }
     set_ones(layer_.dw1, layer_.dw1_up, layer_.dw2, layer_.dw1_f, layer_.dw1_up_f, layer_.dw2_f);

@@ -27,8 +27,8 @@ __global__ void ref_dense(RefDense p, double* out) {
       const float left =
           p.a != nullptr ? p.a[at] : static_cast<float>(static_cast<const E*>(p.a_element)[at]);
       sum += static_cast<double>(left) *
-             static_cast<double>(static_cast<float>(
-                 static_cast<const E*>(p.b)[k * p.b_k + column * p.b_column]));
+             static_cast<double>(
+                 static_cast<float>(static_cast<const E*>(p.b)[k * p.b_k + column * p.b_column]));
     }
     out[i] = sum;
   }
@@ -52,23 +52,25 @@ void run(Report& report, int64_t tokens, int64_t d, int64_t experts) {
   launch_router_logits({x_view, w_view, view(logits.data(), DType::float32, tokens, experts), {}},
                        {});
   DeviceArray<double> want(tokens * experts);
-  ref_dense<E><<<1024, 128>>>(
-      {nullptr, x.data(), d, 1, w.data(), 1, d, tokens, experts, d}, want.data());
+  ref_dense<E>
+      <<<1024, 128>>>({nullptr, x.data(), d, 1, w.data(), 1, d, tokens, experts, d}, want.data());
   report.judge<float>("router logits", where,
                       {logits.data(), want.data(), nullptr, tokens, experts, experts, 1},
                       Tolerance::fp32(), Values::random);
 
   const int64_t bytes = router_products_scratch_bytes({tokens, d, experts, kDType, {}});
   DeviceArray<uint8_t> scratch(bytes);
-  RouterLogitsBackwardArgs args = {view(dlogits.data(), DType::float32, tokens, experts), x_view,
-                                   w_view, view(dx.data(), kDType, tokens, d),
-                                   view(dw.data(), kDType, experts, d), {scratch.data(), bytes}};
+  RouterLogitsBackwardArgs args = {view(dlogits.data(), DType::float32, tokens, experts),
+                                   x_view,
+                                   w_view,
+                                   view(dx.data(), kDType, tokens, d),
+                                   view(dw.data(), kDType, experts, d),
+                                   {scratch.data(), bytes}};
   launch_router_logits_backward(args, {});
   args.dx = {};
   args.drouter_weight = view(dw_f.data(), DType::float32, experts, d);
   launch_router_logits_backward(args, {});
-  const Tolerance tolerance =
-      kDType == DType::bfloat16 ? Tolerance::bf16() : Tolerance::fp16();
+  const Tolerance tolerance = kDType == DType::bfloat16 ? Tolerance::bf16() : Tolerance::fp16();
   DeviceArray<double> want_dx(tokens * d), want_dw(experts * d);
   ref_dense<E><<<1024, 128>>>(
       {dlogits.data(), nullptr, experts, 1, w.data(), d, 1, tokens, d, experts}, want_dx.data());

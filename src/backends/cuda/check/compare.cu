@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Applies the numbers contract on the device and keeps the score.
-#include "backends/cuda/check/compare.h"
-
 #include <algorithm>
 #include <cstdio>
+
+#include "backends/cuda/check/compare.h"
 
 namespace penstock::cuda::check {
 namespace {
@@ -36,9 +36,9 @@ void Report::judge(const std::string& stage, const std::string& where, const Com
   DeviceArray<unsigned long long> counters(2);
   for (auto* array : {&row_error, &row_norm, &block_error, &block_norm, &rounding}) array->zero();
   counters.zero();
-  compare<E><<<1024, 256>>>(compared, {row_error.data(), row_norm.data(), block_error.data(),
-                                       block_norm.data(), rounding.data(), counters.data(),
-                                       counters.data() + 1});
+  compare<E><<<1024, 256>>>(
+      compared, {row_error.data(), row_norm.data(), block_error.data(), block_norm.data(),
+                 rounding.data(), counters.data(), counters.data() + 1});
   require(cudaDeviceSynchronize(), (stage + " " + where).c_str());
   const auto errors = row_error.host(), norms = row_norm.host();
   const auto count = counters.host();
@@ -48,8 +48,8 @@ void Report::judge(const std::string& stage, const std::string& where, const Com
   // contract; then the reference's own rounding is the measure.
   const double best = std::sqrt(rounding.host()[0] / std::max(norm, 1e-300));
   const double allowed = std::max(tolerance.overall, 1.2 * best);
-  const double local = std::max(worst_ratio(errors, norms),
-                                worst_ratio(block_error.host(), block_norm.host()));
+  const double local =
+      std::max(worst_ratio(errors, norms), worst_ratio(block_error.host(), block_norm.host()));
   Stage& entry = stages_[stage];
   ++entry.checks;
   const bool exact_wanted = values == Values::integers;
@@ -57,8 +57,8 @@ void Report::judge(const std::string& stage, const std::string& where, const Com
     entry.worst = std::max(entry.worst, overall / allowed);
     entry.worst_local = std::max(entry.worst_local, local / allowed);
   }
-  const bool good = count[1] == 0 && (exact_wanted ? count[0] == 0
-                                                   : overall <= allowed && local <= 4 * allowed);
+  const bool good =
+      count[1] == 0 && (exact_wanted ? count[0] == 0 : overall <= allowed && local <= 4 * allowed);
   if (good) return;
   fail(stage, where,
        "rel L2 " + std::to_string(overall * 1e3) + "e-3, worst row or block " +
@@ -78,8 +78,8 @@ void Report::record(const std::string& stage, const std::string& where, double e
 
 void Report::fail(const std::string& stage, const std::string& where, const std::string& what) {
   ++stages_[stage].failures;
-  if (++failures_ <= 60) std::printf("FAIL %-16s %s: %s\n", stage.c_str(), where.c_str(),
-                                     what.c_str());
+  if (++failures_ <= 60)
+    std::printf("FAIL %-16s %s: %s\n", stage.c_str(), where.c_str(), what.c_str());
   std::fflush(stdout);
 }
 

@@ -47,7 +47,8 @@ inline HostPlan make_plan(const LayerShape& s, uint64_t seed) {
       int32_t expert = order[k];
       if (s.load == Load::skewed && s.top_k == 1) expert = expert | 1;
       if (s.load == Load::skewed && expert >= s.experts) expert = 1;
-      if (s.load == Load::one_expert) expert = static_cast<int32_t>((s.experts / 2 + k) % s.experts);
+      if (s.load == Load::one_expert)
+        expert = static_cast<int32_t>((s.experts / 2 + k) % s.experts);
       slots[static_cast<size_t>(expert)].push_back(static_cast<int32_t>(t * s.top_k + k));
     }
   }
@@ -79,8 +80,8 @@ struct Layer {
   DeviceArray<int32_t> counts, offsets, row_to_token, row_to_slot, expert_of_row;
   DeviceArray<E> x, d_output, w1, w1_up, w2, b1, b1_up, b2, h, a, y, dh, a_scaled, dx_rows;
   DeviceArray<float> scores, partials;
-  DeviceArray<E> dw1, dw1_up, dw2;                // gradients in the storage type
-  DeviceArray<float> dw1_f, dw1_up_f, dw2_f;      // or in fp32
+  DeviceArray<E> dw1, dw1_up, dw2;            // gradients in the storage type
+  DeviceArray<float> dw1_f, dw1_up_f, dw2_f;  // or in fp32
 
   static constexpr DType kDType =
       std::is_same_v<E, __nv_bfloat16> ? DType::bfloat16 : DType::float16;
@@ -213,13 +214,20 @@ struct Layer {
   }
 
   UpProjectionArgs up_args() const {
-    return {groups(), {variant.activation}, view(x.data(), kDType, shape.tokens, shape.d),
-            up_weights(), view(h.data(), kDType, rows, h_size),
-            view(a.data(), kDType, rows, shape.n), {}};
+    return {groups(),
+            {variant.activation},
+            view(x.data(), kDType, shape.tokens, shape.d),
+            up_weights(),
+            view(h.data(), kDType, rows, h_size),
+            view(a.data(), kDType, rows, shape.n),
+            {}};
   }
   DownProjectionArgs down_args() const {
-    return {groups(), view(a.data(), kDType, rows, shape.n), down_weights(),
-            view(y.data(), kDType, rows, shape.d), {}};
+    return {groups(),
+            view(a.data(), kDType, rows, shape.n),
+            down_weights(),
+            view(y.data(), kDType, rows, shape.d),
+            {}};
   }
   DownBackwardArgs down_backward_args() const {
     return {groups(),
@@ -234,8 +242,11 @@ struct Layer {
             {}};
   }
   UpBackwardArgs up_backward_args() const {
-    return {groups(), view(dh.data(), kDType, rows, h_size), up_weights(),
-            view(dx_rows.data(), kDType, rows, shape.d), {}};
+    return {groups(),
+            view(dh.data(), kDType, rows, h_size),
+            up_weights(),
+            view(dx_rows.data(), kDType, rows, shape.d),
+            {}};
   }
   WeightGradientArgs dw1_args() const {
     WeightGradientArgs args = gradient(view(dh.data(), kDType, rows, h_size),

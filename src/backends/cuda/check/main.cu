@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // penstock_cuda_check: every CUDA product against float64 on hostile shapes, then timings.
-// Usage: penstock_cuda_check [quick | check | time | profile | all]. Exit status 1 if a check failed.
+// Usage: penstock_cuda_check [quick | check | time | profile | all]. Exit status 1 if a check
+// failed.
 #include <cstdio>
 #include <cstring>
 
@@ -41,8 +42,8 @@ void check_everything(Report& report) {
   int turn = 0;
   for (const NamedShape& shape : kShapes) {
     for (const DType dtype : {DType::bfloat16, DType::float16}) {
-      for (const Layout layout : {Layout::concatenated, Layout::interleaved, Layout::separate,
-                                  Layout::input_major}) {
+      for (const Layout layout :
+           {Layout::concatenated, Layout::interleaved, Layout::separate, Layout::input_major}) {
         // Every combination of bias, mode, gradient type and activation comes by turns.
         Variant variant;
         variant.layout = layout;

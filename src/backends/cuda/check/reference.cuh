@@ -114,7 +114,9 @@ __device__ inline RefActivation ref_activation(Activation kind, double g, double
     const double cdf = 0.5 * (1.0 + erf(x * 0.70710678118654752440));
     return RefActivation{x * cdf, cdf + x * 0.39894228040143267794 * exp(-0.5 * x * x), 0.0};
   };
-  const auto gated = [u](RefActivation f) { return RefActivation{f.value * u, f.gate * u, f.value}; };
+  const auto gated = [u](RefActivation f) {
+    return RefActivation{f.value * u, f.gate * u, f.value};
+  };
   switch (kind) {
     case Activation::swiglu:
       return gated(silu(g));

@@ -97,8 +97,7 @@ void time_products(const char* name, const LayerShape& shape) {
     sum += ms;
     flop += row.flop;
   }
-  std::printf("time %-12s %-18s %8.3f ms %7.1f TFLOP/s\n", name, "all six", sum,
-              flop / sum * 1e-9);
+  std::printf("time %-12s %-18s %8.3f ms %7.1f TFLOP/s\n", name, "all six", sum, flop / sum * 1e-9);
   std::fflush(stdout);
 }
 

@@ -29,8 +29,8 @@ struct PlainGradient {
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
-// By a Chebyshev fit of log(erfc) whose relative error is below 1.2e-7 everywhere: erff has branches,
-// which keep the epilogues' elements from overlapping and make ptxas spill.
+// By a Chebyshev fit of log(erfc) whose relative error is below 1.2e-7 everywhere: erff has
+// branches, which keep the epilogues' elements from overlapping and make ptxas spill.
 __device__ __forceinline__ float normal_cdf(float x) {
   constexpr float kFit[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
                             0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};

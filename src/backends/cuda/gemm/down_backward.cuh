@@ -31,8 +31,16 @@ void down_backward(const DownBackwardArgs& args, const Context& context) {
       "down_backward",
       {"d_output", args.d_output.data, args.d_output.size(0), args.d_output.stride(0), 1, 0, d,
        args.rows.row_to_token.template as<int32_t>()},
-      {"w2", w.dtype, {w.data, nullptr}, 1, args.rows.num_experts(), w.expert_stride, n,
-       w.col_stride, d, w.row_stride},
+      {"w2",
+       w.dtype,
+       {w.data, nullptr},
+       1,
+       args.rows.num_experts(),
+       w.expert_stride,
+       n,
+       w.col_stride,
+       d,
+       w.row_stride},
       groups_of(args.rows),
       args.rows.row_capacity};
   const DownBackwardEpilogueParams epilogue = {

@@ -25,6 +25,9 @@ struct WarpPlace {
   int row;
 };
 
+// Of an epilogue that needs nothing from memory before its sums are there.
+struct NoPrefetch {};
+
 // A row-major matrix in global memory: element (row, column) at data + row * stride + column.
 struct Rows {
   void* data;  // null: not wanted
@@ -117,10 +120,30 @@ struct Piece {
     __syncwarp();
   }
 
-  __device__ void load(const Element* source, int64_t stride, int rows, int columns) const {
-    each_vector(rows, columns, [&](uint4& vector, int row, int column) {
-      vector = *reinterpret_cast<const uint4*>(source + row * stride + column);
-    });
+  // The lane's four vectors of a piece, taken from global memory: all of them in flight at once.
+  struct Vectors {
+    uint4 at[4];
+  };
+  static __device__ __forceinline__ Vectors load(const Element* source, int64_t stride, int rows,
+                                                 int columns) {
+    Vectors vectors;
+    const int column = Lane::id() % 8 * kVector;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + Lane::id() / 8;
+      vectors.at[i] = make_uint4(0, 0, 0, 0);
+      if (row < rows && column < columns) {
+        vectors.at[i] = *reinterpret_cast<const uint4*>(source + row * stride + column);
+      }
+    }
+    return vectors;
+  }
+  __device__ __forceinline__ void put(const Vectors& vectors) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint4*>(base + (i * 4 + Lane::id() / 8) * kPieceStride +
+                                Lane::id() % 8 * 16) = vectors.at[i];
+    }
   }
 };
 

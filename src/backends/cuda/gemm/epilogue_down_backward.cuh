@@ -17,8 +17,8 @@ struct DownBackwardEpilogueParams {
   Rows h;
   Rows dh;
   Rows a_scaled;
-  Rows partials;              // fp32, a column per n tile
-  const float* scores;        // null: 1
+  Rows partials;               // fp32, a column per n tile
+  const float* scores;         // null: 1
   const int32_t* row_to_slot;  // null: scores are per row
   ActivationParams activation;
   int32_t columns;  // n
@@ -34,10 +34,33 @@ struct DownBackwardEpilogue {
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ void run(const Params& params, const Work& work, Sums& sums,
+  // H of the warp's rows, loaded while the products are formed: the kernel keeps it in registers,
+  // of which a tile 128 wide leaves enough.
+  static constexpr int kChunks = TileType::kN / 64;
+  struct Early {
+    typename Piece<Element>::Vectors h[kChunks][kHalves];
+  };
+  static __device__ __forceinline__ Early prefetch(const Params& params, const Work& work,
+                                                   const WarpPlace& place) {
+    Early early;
+    const Element* h = static_cast<const Element*>(params.h.data) +
+                       (work.row_begin + place.row) * params.h.stride + work.n;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        early.h[chunk][half] =
+            Piece<Element>::load(h + half * params.columns + chunk * 64, params.h.stride,
+                                 work.rows - place.row, params.columns - work.n - chunk * 64);
+      }
+    }
+    return early;
+  }
+
+  static __device__ void run(const Params& params, const Work& work, Sums& sums, const Early& early,
                              const WarpPlace& place) {
     if (work.rows <= place.row) return;
-    const auto apply = [&](auto function) { columns(function, params, work, sums, place); };
+    const auto apply = [&](auto function) { columns(function, params, work, sums, early, place); };
     if constexpr (kGating == Gating::gated) {
       visit_gated(params.activation.kind, apply);
     } else {
@@ -53,8 +76,9 @@ struct DownBackwardEpilogue {
   };
 
   template <typename Function>
-  static __device__ void columns(Function function, const Params& params, const Work& work,
-                                 const Sums& sums, const WarpPlace& place) {
+  static __device__ __forceinline__ void columns(Function function, const Params& params,
+                                                 const Work& work, const Sums& sums,
+                                                 const Early& early, const WarpPlace& place) {
     const int rows = work.rows - place.row;
     const int64_t first_row = work.row_begin + place.row;
     RowPair pair = {{score_of(params, first_row, Lane::row(), rows),
@@ -67,11 +91,10 @@ struct DownBackwardEpilogue {
       const int column = work.n + first;
       if (column >= params.columns) break;
       const int valid = params.columns - column;
-      const Element* h = static_cast<const Element*>(params.h.data) + first_row * params.h.stride;
       Element* dh = static_cast<Element*>(params.dh.data) + first_row * params.dh.stride;
+#pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        Piece<Element>{place.staging + half * kPieceBytes}.load(
-            h + half * params.columns + column, params.h.stride, rows, valid);
+        Piece<Element>{place.staging + half * kPieceBytes}.put(early.h[first / 64][half]);
       }
       __syncwarp();
 #pragma unroll

@@ -27,14 +27,17 @@ struct StoreEpilogue {
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
+  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+
   static __device__ void run(const Params& params, const Work& work,
-                             float (&sums)[TileType::kAccumulators], const WarpPlace& place) {
+                             float (&sums)[TileType::kAccumulators], const NoPrefetch&,
+                             const WarpPlace& place) {
     const int rows = work.rows - place.row;
     if (rows <= 0) return;
     const float scale = params.scale == nullptr ? 1.0f : *params.scale;
     const Piece<Out> piece{place.staging};
-    Out* out = static_cast<Out*>(params.out.data) +
-               (work.row_begin + place.row) * params.out.stride;
+    Out* out =
+        static_cast<Out*>(params.out.data) + (work.row_begin + place.row) * params.out.stride;
 #pragma unroll
     for (int first = 0; first < TileType::kN; first += Piece<Out>::kColumns) {
       const int column = work.n + first;

@@ -35,7 +35,9 @@ struct UpEpilogue {
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ void run(const Params& params, const Work& work, Sums& sums,
+  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+
+  static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
                              const WarpPlace& place) {
     const int rows = work.rows - place.row;
     if (rows <= 0) return;
@@ -79,10 +81,10 @@ struct UpEpilogue {
 #pragma unroll
       for (int group = 0; group < 8; ++group) {
         const int at = half * kUpGroups + first / 8 + group;
-        const float4 v = with_bias(
-            group_of(sums, at),
-            bias_pair<Element>(params.bias[half], work.expert,
-                               column + group * 8 + Lane::column(), params.columns));
+        const float4 v =
+            with_bias(group_of(sums, at),
+                      bias_pair<Element>(params.bias[half], work.expert,
+                                         column + group * 8 + Lane::column(), params.columns));
         const auto upper = Pair<Element>::pack(v.x, v.y);
         const auto lower = Pair<Element>::pack(v.z, v.w);
         piece.pair(group, 0) = upper;

@@ -40,7 +40,9 @@ struct WeightGradientEpilogue {
     return params.rows - work.m;
   }
 
-  static __device__ void run(const Params& params, const Work& work, Sums& sums,
+  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+
+  static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
                              const WarpPlace& place) {
     if (params.rows - work.m <= place.row) return;
     if (params.type == GradientType::fp32) {
@@ -51,8 +53,7 @@ struct WeightGradientEpilogue {
   }
 
   // An expert without rows.
-  static __device__ void run_empty(const Params& params, const Work& work,
-                                   const WarpPlace& place) {
+  static __device__ void run_empty(const Params& params, const Work& work, const WarpPlace& place) {
     if (params.rows - work.m <= place.row || params.accumulate == Accumulate::yes) return;
     if (params.type == GradientType::fp32) {
       zero<float>(params, work, place);
@@ -63,8 +64,7 @@ struct WeightGradientEpilogue {
 
  private:
   template <typename Out>
-  static __device__ Out* first_row(const Params& params, const Work& work,
-                                   const WarpPlace& place) {
+  static __device__ Out* first_row(const Params& params, const Work& work, const WarpPlace& place) {
     const GradientMatrix& matrix = params.out[work.m_half + work.n_half];
     return static_cast<Out*>(matrix.data) + work.expert * matrix.expert_stride +
            (work.m + place.row) * matrix.stride;

@@ -19,9 +19,8 @@ void by_dtype(DType dtype, void (*bf16)(const Args&, const Context&),
               void (*fp16)(const Args&, const Context&), const Args& args, const Context& context) {
   if (dtype == DType::bfloat16) return bf16(args, context);
   if (dtype == DType::float16) return fp16(args, context);
-  throw Error(ErrorCode::unsupported,
-              {"dtype", std::string(name_of(dtype)), "bfloat16 or float16",
-               "Convert the tensors, or run on the CPU."});
+  throw Error(ErrorCode::unsupported, {"dtype", std::string(name_of(dtype)), "bfloat16 or float16",
+                                       "Convert the tensors, or run on the CPU."});
 }
 
 }  // namespace

@@ -4,9 +4,11 @@
 // warpgroup per 64 rows of the tile. A product is four types: Tile, Schedule, Producer, Epilogue.
 //
 // Every CTA walks its own list of tiles (Schedule); the producer runs ahead through the ring of
-// stages, across tile boundaries; consumers multiply, then run the epilogue on their own rows.
+// stages, across tile boundaries; consumers start what the epilogue will need from
+// memory, multiply, then run the epilogue on their own rows.
 #pragma once
 
+#include "backends/cuda/gemm/epilogue.cuh"
 #include "backends/cuda/gemm/multiply.cuh"
 
 namespace penstock::cuda {
@@ -67,8 +69,10 @@ __device__ __forceinline__ void consume(const typename G::Params& params,
         continue;
       }
     }
+    const WarpPlace place{warp_staging, warp * 16};
+    const auto early = G::Epilogue::prefetch(params.epilogue, work, place);
     Main::run(sums, ring, state, consumer, work.k_tiles);
-    G::Epilogue::run(params.epilogue, work, sums, {warp_staging, warp * 16});
+    G::Epilogue::run(params.epilogue, work, sums, early, place);
   }
 }
 
@@ -76,8 +80,8 @@ template <typename G>
 __global__ void __launch_bounds__(G::Tile::kThreads, 1)
     grouped_gemm(const __grid_constant__ typename G::Params params) {
   extern __shared__ uint8_t shared[];
-  uint8_t* base = shared + (G::kAlignment - arch::shared_address(shared) % G::kAlignment) %
-                               G::kAlignment;
+  uint8_t* base =
+      shared + (G::kAlignment - arch::shared_address(shared) % G::kAlignment) % G::kAlignment;
   uint8_t* staging = base + G::kStages * G::Tile::kStageBytes;
   const typename G::RingType ring{arch::shared_address(base),
                                   arch::shared_address(staging + G::kStagingBytes)};

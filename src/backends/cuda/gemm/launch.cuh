@@ -49,9 +49,9 @@ void launch(const char* name, const typename G::Params& params, int64_t tiles,
             const Context& context) {
   if (tiles == 0) return;
   const auto kernel = grouped_gemm<G>;
-  require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       G::kSharedBytes),
-                  name);
+  require_success(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes),
+      name);
   const auto grid = static_cast<unsigned>(std::min(tiles, multiprocessors(context)));
   kernel<<<grid, G::Tile::kThreads, G::kSharedBytes, static_cast<cudaStream_t>(context.stream)>>>(
       params);
@@ -103,10 +103,14 @@ struct WeightOperand {
     const int64_t outer = num_experts == 1 ? 8 : expert_stride;
     const void* base = data[static_cast<size_t>(half < halves ? half : 0)];
     if (k_major)
-      return make_tensor_map({what, base, dtype, {k_extent, n_extent, num_experts},
-                              {n_stride, outer}, {kTileK, columns, 1}});
-    return make_tensor_map({what, base, dtype, {n_extent, k_extent, num_experts},
-                            {k_stride, outer}, {64, kTileK, 1}});
+      return make_tensor_map({what,
+                              base,
+                              dtype,
+                              {k_extent, n_extent, num_experts},
+                              {n_stride, outer},
+                              {kTileK, columns, 1}});
+    return make_tensor_map(
+        {what, base, dtype, {n_extent, k_extent, num_experts}, {k_stride, outer}, {64, kTileK, 1}});
   }
 
   // `columns` of one half make the tile's rows of B.
@@ -130,7 +134,10 @@ RowOperands row_operands(const RowOperand& a, const WeightOperand& b, int32_t co
   require_vectors(a.what, a.data, {a.row_stride});
   RowOperands operands = {};
   operands.weights = b.maps(columns);
-  operands.rows = make_tensor_map({a.what, a.data, b.dtype, {a.k_extent, a.halves, a.rows},
+  operands.rows = make_tensor_map({a.what,
+                                   a.data,
+                                   b.dtype,
+                                   {a.k_extent, a.halves, a.rows},
                                    {a.halves == 1 ? 8 : a.half_stride, a.row_stride},
                                    {kTileK, 1, TileType::kM}});
   operands.data = a.data;
@@ -179,7 +186,6 @@ void with_row_tile(const RowProblem& problem, const Launcher& launcher) {
 
 template <typename TileType, int kHalvesN, template <typename, int> class Producer,
           typename Epilogue>
-using RowGemm =
-    Gemm<TileType, RowSchedule<TileType::kM>, Producer<TileType, kHalvesN>, Epilogue>;
+using RowGemm = Gemm<TileType, RowSchedule<TileType::kM>, Producer<TileType, kHalvesN>, Epilogue>;
 
 }  // namespace penstock::cuda

@@ -3,10 +3,10 @@
 // The producer warpgroup of the weight gradients: both operands are token rows, reduced over, so
 // both tiles are MN-major (64 rows of k, 128 bytes of columns a block).
 //
-// One side is gathered through row_to_token (or the identity) by 16-byte cp.async, the other side is
-// contiguous and comes by TMA. The last stage of an expert that is not 64 rows long is zero-filled
-// on both sides, by cp.async: the rows after it belong to another expert, and 0 times its NaN would
-// be NaN.
+// One side is gathered through row_to_token (or the identity) by 16-byte cp.async, the other side
+// is contiguous and comes by TMA. The last stage of an expert that is not 64 rows long is
+// zero-filled on both sides, by cp.async: the rows after it belong to another expert, and 0 times
+// its NaN would be NaN.
 #pragma once
 
 #include "backends/cuda/gemm/load_rows.cuh"
@@ -121,17 +121,18 @@ struct GatheredColumns {
     const int chunk = threadIdx.x % 8;
     const uint32_t offset = first_row * 128 + ((chunk ^ (first_row & 7)) << 4);
     const ColumnSide& side = *target.side;
+    const int32_t column = target.column + chunk * 8;
     const Element* data =
-        static_cast<const Element*>(side.data) + target.half * side.half_stride;
+        static_cast<const Element*>(side.data) + target.half * side.half_stride + column;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
+      // A size of 0 leaves the address unread, so it need not be a valid one.
       const Element* line = data + rows.row[i] * side.row_stride;
+      const int32_t left = rows.row[i] >= 0 ? side.extent - column : 0;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
-        const int32_t column = target.column + block * 64 + chunk * 8;
-        const bool valid = rows.row[i] >= 0 && column < side.extent;
         arch::copy_async_16(destination + block * kBlockBytes + i * 16 * 128 + offset,
-                            valid ? line + column : data, valid ? 16 : 0);
+                            line + block * 64, block * 64 < left ? 16 : 0);
       }
     }
   }

@@ -78,11 +78,17 @@ struct GatheredRows {
     typename RingType::State state;
     Work work;
     while (schedule.next(work)) {
-      int32_t tokens[kRowsPerThread];  // -1: past the end, zero-filled
+      // Where the rows start, formed once a tile so that a copy costs an addition; rows past the
+      // end keep a size of 0, whose address is never read.
+      const Element* rows[kRowsPerThread];
+      uint32_t valid = 0;
 #pragma unroll
       for (int i = 0; i < kRowsPerThread; ++i) {
         const int row = first_row + 16 * i;
-        tokens[i] = row < work.rows ? token_of(params, work.row_begin + row) : -1;
+        const bool exists = row < work.rows;
+        const int64_t token = exists ? token_of(params, work.row_begin + row) : 0;
+        rows[i] = static_cast<const Element*>(params.data) + token * params.row_stride + chunk * 8;
+        valid |= (exists ? 1u : 0u) << i;
       }
       for (int tile = 0; tile < work.k_tiles; ++tile) {
         arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
@@ -91,14 +97,12 @@ struct GatheredRows {
           arch::barrier_arrive_expect(full, Weights::kBytes);
           Weights::issue(params.weights, work, {0, tile * kTileK}, ring.b(state.stage), full);
         }
-        const int32_t k = tile * kTileK + chunk * 8;
-        const Element* column = static_cast<const Element*>(params.data) + k;
+        const int32_t k = tile * kTileK;
+        const uint32_t live = k + chunk * 8 < params.k_extent ? valid : 0;
+        const uint32_t destination = ring.a(state.stage) + offset;
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
-          const bool valid = tokens[i] >= 0 && k < params.k_extent;
-          const Element* source = valid ? column + tokens[i] * params.row_stride
-                                        : static_cast<const Element*>(params.data);
-          arch::copy_async_16(ring.a(state.stage) + offset + i * 16 * 128, source, valid ? 16 : 0);
+          arch::copy_async_16(destination + i * 16 * 128, rows[i] + k, (live >> i & 1) * 16);
         }
         arch::copy_async_arrive(full);
         state.advance();

@@ -15,8 +15,8 @@ namespace penstock::cuda {
 template <typename TileType, Fill kFill, typename RingType>
 struct Multiply {
   using State = typename RingType::State;
-  using Instruction = arch::Wgmma<typename TileType::Element, TileType::kN, TileType::kMajorA,
-                                  TileType::kMajorB>;
+  using Instruction =
+      arch::Wgmma<typename TileType::Element, TileType::kN, TileType::kMajorA, TileType::kMajorB>;
 
   static __device__ __forceinline__ void run(float (&sums)[TileType::kAccumulators],
                                              const RingType& ring, State& state, int consumer,
@@ -63,8 +63,7 @@ struct Multiply {
                                                int tile) {
     const uint64_t a = arch::matrix_descriptor<TileType::kMajorA>(
         ring.a(stage) + consumer * kBlockBytes, kBlockBytes);
-    const uint64_t b =
-        arch::matrix_descriptor<TileType::kMajorB>(ring.b(stage), kBlockBytes);
+    const uint64_t b = arch::matrix_descriptor<TileType::kMajorB>(ring.b(stage), kBlockBytes);
 #pragma unroll
     for (int step = 0; step < kTileK / 16; ++step) {
       Instruction::run(sums, {a + step * arch::kDescriptorStepK16<TileType::kMajorA>,

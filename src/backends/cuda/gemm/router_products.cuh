@@ -44,12 +44,20 @@ void router_logits(const RouterLogitsArgs& args, const Context& context) {
   const int64_t tokens = args.x.size(0);
   const int64_t d = args.x.size(1);
   const TensorView& w = args.router_weight;
-  const RowProblem problem = {
-      "router_logits",
-      {"x", args.x.data, tokens, args.x.stride(0), 1, 0, d},
-      {"router_weight", w.dtype, {w.data, nullptr}, 1, 1, 0, w.size(0), w.stride(0), d, w.stride(1)},
-      {nullptr, nullptr, 1, static_cast<int32_t>(tokens)},
-      tokens};
+  const RowProblem problem = {"router_logits",
+                              {"x", args.x.data, tokens, args.x.stride(0), 1, 0, d},
+                              {"router_weight",
+                               w.dtype,
+                               {w.data, nullptr},
+                               1,
+                               1,
+                               0,
+                               w.size(0),
+                               w.stride(0),
+                               d,
+                               w.stride(1)},
+                              {nullptr, nullptr, 1, static_cast<int32_t>(tokens)},
+                              tokens};
   const LogitsLauncher<Element> launcher{problem, args.logits, context};
   if (token_tile(tokens, 1) == 64) {
     launcher.template run<64, Major::k>();
@@ -99,8 +107,7 @@ __global__ void split_scale(SplitParams params) {
   for (int32_t slice = threadIdx.x; slice < params.slices; slice += blockDim.x) {
     const int64_t first = stacked * slice / params.slices;
     params.offsets[slice] = static_cast<int32_t>(first);
-    params.counts[slice] =
-        static_cast<int32_t>(stacked * (slice + 1) / params.slices - first);
+    params.counts[slice] = static_cast<int32_t>(stacked * (slice + 1) / params.slices - first);
   }
 }
 
@@ -164,7 +171,8 @@ void split(const SplitParams& params, const Context& context) {
       params.dlogits, count, reinterpret_cast<int32_t*>(params.scale));
   split_scale<Element><<<1, 32, 0, stream>>>(params);
   split_dlogits<Element>
-      <<<blocks_for(params.tokens * params.padded_experts, kThreads), kThreads, 0, stream>>>(params);
+      <<<blocks_for(params.tokens * params.padded_experts, kThreads), kThreads, 0, stream>>>(
+          params);
   require_success(cudaGetLastError(), "router_logits_backward");
 }
 

@@ -6,6 +6,7 @@
 namespace penstock::cuda {
 
 template void router_logits<__nv_bfloat16>(const RouterLogitsArgs&, const Context&);
-template void router_logits_backward<__nv_bfloat16>(const RouterLogitsBackwardArgs&, const Context&);
+template void router_logits_backward<__nv_bfloat16>(const RouterLogitsBackwardArgs&,
+                                                    const Context&);
 
 }  // namespace penstock::cuda

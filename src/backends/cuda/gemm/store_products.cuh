@@ -24,16 +24,16 @@ struct StoreLauncher {
     using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
     using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
     launch_rows<G, kWideTileN>(
-        problem,
-        {rows_of(out), bias_of(bias), scale, static_cast<int32_t>(problem.b.n_extent)}, context);
+        problem, {rows_of(out), bias_of(bias), scale, static_cast<int32_t>(problem.b.n_extent)},
+        context);
   }
 };
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
   require_vectors("output rows", output.out.data, {output.out.stride(0)});
-  with_row_tile(problem, StoreLauncher<Element>{problem, output.out, output.bias, output.scale,
-                                                context});
+  with_row_tile(problem,
+                StoreLauncher<Element>{problem, output.out, output.bias, output.scale, context});
 }
 
 template <typename Element>
@@ -43,8 +43,16 @@ void down_projection(const DownProjectionArgs& args, const Context& context) {
   const int64_t d = args.y.size(1);
   store_rows<Element>({"down_projection",
                        {"a", args.a.data, args.rows.row_capacity, args.a.stride(0), 1, 0, n},
-                       {"w2", w.dtype, {w.data, nullptr}, 1, args.rows.num_experts(),
-                        w.expert_stride, d, w.row_stride, n, w.col_stride},
+                       {"w2",
+                        w.dtype,
+                        {w.data, nullptr},
+                        1,
+                        args.rows.num_experts(),
+                        w.expert_stride,
+                        d,
+                        w.row_stride,
+                        n,
+                        w.col_stride},
                        groups_of(args.rows),
                        args.rows.row_capacity},
                       {args.y, args.weights.b, nullptr}, context);
@@ -58,8 +66,16 @@ void up_backward(const UpBackwardArgs& args, const Context& context) {
   store_rows<Element>(
       {"up_backward",
        {"dh", args.dh.data, args.rows.row_capacity, args.dh.stride(0), w.halves, n, n},
-       {"w1", w.w[0].dtype, {w.w[0].data, w.w[1].data}, w.halves, args.rows.num_experts(),
-        w.w[0].expert_stride, d, w.w[0].col_stride, n, w.w[0].row_stride},
+       {"w1",
+        w.w[0].dtype,
+        {w.w[0].data, w.w[1].data},
+        w.halves,
+        args.rows.num_experts(),
+        w.w[0].expert_stride,
+        d,
+        w.w[0].col_stride,
+        n,
+        w.w[0].row_stride},
        groups_of(args.rows),
        args.rows.row_capacity},
       {args.dx_rows, {}, nullptr}, context);

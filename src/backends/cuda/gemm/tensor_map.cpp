@@ -17,8 +17,8 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Encode find_encoder() {
   void* entry = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t status = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
+                                                              12000, cudaEnableDefault, &found);
   if (status != cudaSuccess || found != cudaDriverEntryPointSuccess) {
     throw Error(ErrorCode::device_error,
                 {"CUDA driver", "no cuTensorMapEncodeTiled", "a driver for CUDA 12 or later",

@@ -28,14 +28,21 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
   const UpWeights& w = args.weights;
   const TensorView& out = args.h.present() ? args.h : args.a;
   const int64_t n = args.h.present() ? out.size(1) / w.halves : out.size(1);
-  const RowProblem problem = {
-      "up_projection",
-      {"x", args.x.data, args.x.size(0), args.x.stride(0), 1, 0, args.x.size(1),
-       args.rows.row_to_token.template as<int32_t>()},
-      {"w1", w.w[0].dtype, {w.w[0].data, w.w[1].data}, w.halves, args.rows.num_experts(),
-       w.w[0].expert_stride, n, w.w[0].row_stride, args.x.size(1), w.w[0].col_stride},
-      groups_of(args.rows),
-      args.rows.row_capacity};
+  const RowProblem problem = {"up_projection",
+                              {"x", args.x.data, args.x.size(0), args.x.stride(0), 1, 0,
+                               args.x.size(1), args.rows.row_to_token.template as<int32_t>()},
+                              {"w1",
+                               w.w[0].dtype,
+                               {w.w[0].data, w.w[1].data},
+                               w.halves,
+                               args.rows.num_experts(),
+                               w.w[0].expert_stride,
+                               n,
+                               w.w[0].row_stride,
+                               args.x.size(1),
+                               w.w[0].col_stride},
+                              groups_of(args.rows),
+                              args.rows.row_capacity};
   const UpEpilogueParams epilogue = {rows_of(args.h),
                                      rows_of(args.a),
                                      {bias_of(w.b[0]), bias_of(w.b[1])},

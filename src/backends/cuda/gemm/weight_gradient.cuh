@@ -24,8 +24,11 @@ ColumnSide column_side(const GradientSide& side, int64_t row_capacity) {
   require_vectors(side.what, side.view.data, {side.view.stride(0), extent});
   if (side.access == RowAccess::direct) {
     const int64_t rows = std::min(row_capacity, side.view.size(0));
-    result.map = make_tensor_map({side.what, side.view.data, kDTypeOf<Element>,
-                                  {extent, side.halves, rows}, {extent, side.view.stride(0)},
+    result.map = make_tensor_map({side.what,
+                                  side.view.data,
+                                  kDTypeOf<Element>,
+                                  {extent, side.halves, rows},
+                                  {extent, side.view.stride(0)},
                                   {64, 1, 64}});
   }
   result.data = side.view.data;
@@ -82,11 +85,11 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
     const GroupedMatrix& out = args.out[half];
     const int64_t stride = swap ? out.col_stride : out.row_stride;
     if ((swap ? out.row_stride : out.col_stride) != 1) {
-      throw Error(ErrorCode::unsupported,
-                  {"weight gradient",
-                   "strides " + std::to_string(out.row_stride) + " and " +
-                       std::to_string(out.col_stride),
-                   "one axis with stride 1", "Pass gradients whose rows or columns are contiguous."});
+      throw Error(
+          ErrorCode::unsupported,
+          {"weight gradient",
+           "strides " + std::to_string(out.row_stride) + " and " + std::to_string(out.col_stride),
+           "one axis with stride 1", "Pass gradients whose rows or columns are contiguous."});
     }
     require_vectors("weight gradient", out.data,
                     {stride * fp32_vectors,
