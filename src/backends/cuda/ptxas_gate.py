@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     log = run.stdout + run.stderr
     report, wrong = findings(log)
-    rest = [line for line in log.splitlines() if "ptxas info" not in line and not SPILL.search(line)]
+    lines = log.splitlines()
+    rest = [line for line in lines if "ptxas info" not in line and not SPILL.search(line)]
     if any(line.strip() for line in rest):
         print("\n".join(rest), file=sys.stderr)
     if run.returncode != 0:

@@ -69,6 +69,12 @@ struct DownBackwardEpilogue {
   }
 
  private:
+  // The lane's two columns of a group of 8, in its upper or lower row.
+  struct Elements {
+    WarpPlace place;
+    int group;
+    int lower;
+  };
   // Scores and running partial sums of the lane's two rows.
   struct RowPair {
     float score[2];
@@ -102,7 +108,7 @@ struct DownBackwardEpilogue {
 #pragma unroll
         for (int lower = 0; lower < 2; ++lower) {
           const int at = 4 * (first / 8 + group) + 2 * lower;
-          const float product = differentiate(function, params.activation, place, group, lower,
+          const float product = differentiate(function, params.activation, {place, group, lower},
                                               {sums[at], sums[at + 1]}, pair.score[lower]);
           // No branch, so that the elements' long chains overlap: columns past the end and rows
           // past the expert compute on whatever the pieces hold, and are neither summed nor stored.
@@ -125,8 +131,8 @@ struct DownBackwardEpilogue {
   template <typename Function>
   static __device__ __forceinline__ float differentiate(Function,
                                                         const ActivationParams& activation,
-                                                        const WarpPlace& place, int group,
-                                                        int lower, float2 g, float score) {
+                                                        const Elements& at, float2 g, float score) {
+    const auto [place, group, lower] = at;
     const Piece<Element> first{place.staging};
     const Piece<Element> scaled{place.staging + kHalves * kPieceBytes};
     const float2 h = Pair<Element>::unpack(first.pair(group, lower));
