@@ -29,14 +29,17 @@ struct PlainGradient {
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
-// By a Chebyshev fit of log(erfc) whose relative error is below 1.2e-7 everywhere: erff has
-// branches, which keep the epilogues' elements from overlapping and make ptxas spill.
+// 0.5 erfc(|x| / sqrt 2) by our own Chebyshev fit, of degree 9 in t = 1 / (1 + z / 2), of
+// log(erfc(z) / t) + z^2 for z up to 10. The fit is good to 5e-8; in fp32 the result is off by at
+// most 1.2e-7 absolutely, and by 6e-6 relatively in the tail (z^2 is rounded). erff has branches,
+// which keep the epilogues' elements from overlapping and make ptxas spill.
 __device__ __forceinline__ float normal_cdf(float x) {
-  constexpr float kFit[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
-                            0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+  constexpr float kFit[] = {-0.6808272f,    1.15673375f,    -0.696251869f,
+                            -0.0802804306f, 0.00126758672f, 0.0346027985f,
+                            0.3866404f,     0.998632789f,   -1.26544797f};
   const float z = fabsf(x) * 0.70710678118654752f;
   const float t = __fdividef(1.0f, 1.0f + 0.5f * z);
-  float fit = 0.17087277f;
+  float fit = 0.144930214f;
 #pragma unroll
   for (const float coefficient : kFit) fit = fit * t + coefficient;
   const float tail = 0.5f * t * __expf(fit - z * z);
