@@ -73,6 +73,10 @@ struct ExpertWeights {
   TensorView b2;     // (E, d)     absent: no bias
 };
 
+// Where rows come from: gathered from X by the plan's maps and combined per token, or already
+// sorted by expert in a receive buffer (expert parallelism), in which case x and output are rows.
+enum class RowSource : uint8_t { routed, dispatched };
+
 // What sizes depend on. Made from the tensors of a call by problem_of, or by hand for a query.
 struct ExpertsProblem {
   ExpertsConfig config;
@@ -84,6 +88,7 @@ struct ExpertsProblem {
   int64_t row_capacity = 0;
   DType dtype = DType::float32;
   Device device = {};
+  RowSource rows = RowSource::routed;  // dispatched: no slots, num_tokens = row_capacity
 
   int64_t preactivation_size() const { return config.halves() * intermediate_size; }
 };
@@ -126,7 +131,9 @@ struct ExpertsBackwardArgs {
   TensorView dx;          // (T, d) out; dispatched: (R_cap, d); absent: not wanted
   TensorView dscores;     // (slots) out, dtype of scores; skipped slots get 0; absent: not wanted
   WeightGrads weight_grads;
-  DelayedWeightGrads delayed;  // given to backward_data and backward_weights only
+  // Given to backward_data and backward_weights only. backward_data takes no weight gradients;
+  // backward_weights takes no dx and no dscores, reads no weight's elements, and needs no h.
+  DelayedWeightGrads delayed;
   Workspace workspace;
 };
 
@@ -140,7 +147,9 @@ PENSTOCK_API int64_t backward_weights_workspace_bytes(const ExpertsProblem& prob
                                                       const Context& context);
 
 // Bytes kept between forward and backward, X and the weights aside: H (preactivation only), scores
-// and ids of every slot, the three maps, counts and offsets.
+// and ids of every slot, the three maps, counts and offsets. (The token_offsets of a routing with
+// differing numbers of experts are the caller's own and not counted; dispatched rows have a score
+// each, and neither ids nor maps.)
 PENSTOCK_API int64_t saved_bytes(const ExpertsProblem& problem);
 
 PENSTOCK_API void experts_forward(const ExpertsForwardArgs& args, const Context& context);

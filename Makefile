@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# `make train` and `make test` are all a newcomer needs; `make help` lists the rest.
+#
+# Everything is set up below this folder (.venv, .venv-oldest, build, dist) and redone only when
+# what it was made from changes: environments when requirements/ or pyproject.toml do (their stamps
+# carry a hash of both), the wheel when a source file does. `make clean` removes it all.
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+TRAIN_ARGS ?=
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.ONESHELL:
+.NOTPARALLEL:
+
+HASH := $(shell cat requirements/*.txt pyproject.toml | sha256sum | cut -c1-16)
+VENV := .venv
+OLD_VENV := .venv-oldest
+BIN := $(CURDIR)/$(VENV)/bin
+WHEEL_SOURCES := $(shell find src include python cmake -type f -not -name '*.pyc') \
+                 CMakeLists.txt pyproject.toml README.md LICENSE
+
+# cmake and ninja are those of .venv in every recipe; they use JOBS cores.
+export PATH := $(BIN):$(PATH)
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help train test test-cpp test-asan test-tsan test-python test-oldest build-cuda lint format \
+        wheel clean
+
+help:
+	@echo 'make train        build, install into .venv, train a small MoE language model'
+	@echo '                  (TRAIN_ARGS="--steps 100 ..." is passed on to `penstock train`)'
+	@echo 'make test         build and run every test: test-cpp test-asan test-tsan test-python'
+	@echo '                  test-oldest'
+	@echo 'make lint         formats, includes, sizes;  make format rewrites what can be rewritten'
+	@echo 'make wheel        dist/penstock-*.whl'
+	@echo 'make build-cuda   compile the CUDA backend (needs nvcc)'
+	@echo 'make clean        remove everything that was set up or built here'
+	@echo 'PYTHON=python3.12 chooses the interpreter, JOBS=2 the number of compilers at a time'
+
+# ---- environments ----
+
+TEST_EXTRAS := train,test
+
+# $(1) the environment
+define make_venv
+$(PYTHON) -m venv $(1) || { echo 'make: $(PYTHON) cannot make a virtual environment; on Debian and \
+Ubuntu: apt install python3-venv' >&2; exit 1; }
+$(1)/bin/python -m pip install --quiet --upgrade 'pip>=23'
+endef
+
+$(VENV)/.tools-$(HASH):
+	rm -f $(VENV)/.tools-*
+	$(call make_venv,$(VENV))
+	$(BIN)/python -m pip install --quiet -c requirements/newest.txt -r requirements/build.txt
+	touch $@
+
+dist/.built: $(VENV)/.tools-$(HASH) $(WHEEL_SOURCES)
+	rm -rf dist
+	$(BIN)/python -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist \
+	  -C build-dir=build/wheel
+	touch $@
+
+wheel: dist/.built
+	@ls dist/*.whl
+
+# $(1) the environment, $(2) its constraints, $(3) the extras. Dependencies first, then the wheel by
+# itself, so that a rebuilt wheel of the same version replaces the one before.
+define install_wheel
+wheel=$$(ls $(CURDIR)/dist/*.whl)
+$(1)/bin/python -m pip install --quiet -c $(2) "penstock[$(3)] @ file://$$wheel"
+$(1)/bin/python -m pip install --quiet --force-reinstall --no-deps "$$wheel"
+endef
+
+$(VENV)/.train: dist/.built
+	@echo 'installing Penstock and PyTorch into $(VENV) (the first time, a download of some 3 GB)'
+	$(call install_wheel,$(VENV),requirements/newest.txt,train)
+	touch $@
+
+$(VENV)/.test: dist/.built
+	@echo 'installing Penstock, PyTorch and the test tools into $(VENV)'
+	$(call install_wheel,$(VENV),requirements/newest.txt,$(TEST_EXTRAS))
+	touch $@ $(VENV)/.train
+
+$(OLD_VENV)/.python-$(HASH):
+	rm -f $(OLD_VENV)/.python-*
+	$(call make_venv,$(OLD_VENV))
+	touch $@
+
+$(OLD_VENV)/.test: dist/.built $(OLD_VENV)/.python-$(HASH)
+	@echo 'installing the same wheel beside an older PyTorch into $(OLD_VENV)'
+	$(call install_wheel,$(OLD_VENV),requirements/oldest.txt,$(TEST_EXTRAS))
+	touch $@
+
+# ---- the two commands ----
+
+train: $(VENV)/.train
+	$(BIN)/penstock train $(TRAIN_ARGS)
+
+test: test-cpp test-asan test-tsan test-python test-oldest
+
+# ---- C++ tests ----
+
+test-cpp: $(VENV)/.tools-$(HASH)
+	scripts/get_googletest.sh
+	cmake --preset cpu
+	cmake --build --preset cpu
+	ctest --preset cpu
+
+test-asan: $(VENV)/.tools-$(HASH)
+	scripts/get_googletest.sh
+	cmake --preset cpu-asan
+	cmake --build --preset cpu-asan
+	ctest --preset cpu-asan
+
+test-tsan: $(VENV)/.tools-$(HASH)
+	scripts/get_googletest.sh
+	cmake --preset cpu-tsan
+	cmake --build --preset cpu-tsan
+	ctest --preset cpu-tsan
+
+build-cuda: $(VENV)/.tools-$(HASH)
+	cmake --preset cuda -DPENSTOCK_BUILD_TESTS=OFF
+	cmake --build --preset cuda
+
+# ---- Python tests ----
+
+test-python: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLD_VENV)/.test
+	$(OLD_VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# ---- lint ----
+
+CPP_FILES := $(shell git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh')
+
+$(VENV)/.lint-$(HASH): $(VENV)/.tools-$(HASH)
+	rm -f $(VENV)/.lint-*
+	$(BIN)/python -m pip install --quiet -r requirements/lint.txt
+	touch $@
+
+lint: $(VENV)/.lint-$(HASH)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+	$(BIN)/python scripts/check_includes.py
+	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python scripts/update_readme.py --check
+
+format: $(VENV)/.lint-$(HASH)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+clean:
+	rm -rf build dist $(VENV) $(OLD_VENV)

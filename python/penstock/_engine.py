@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One Python function for each pass of the engine, for NumPy arrays and torch tensors alike.
+
+Each allocates its outputs and its workspace, hands everything to the library, and returns the
+outputs. What is wrong with the tensors' shapes is the core's to say; here is checked only what
+allocating the outputs needs, and what the core cannot name (a dtype's cure, two devices).
+Called by functional.py and _torch_ops.py. Nothing here knows of gradients or of torch operators.
+
+Shapes: T tokens, d hidden, n intermediate, h = 2n gated or n, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from penstock._arrays import arrays_of
+from penstock._context import CallContext
+from penstock._library import library
+from penstock._memory import workspace
+from penstock.errors import invalid
+
+GATED = ("swiglu", "geglu", "reglu", "swiglu_clamped")
+
+
+class Config(NamedTuple):
+    """The experts' settings, in the order in which the library takes them."""
+
+    activation: str = "swiglu"
+    gate_layout: str = "concatenated"
+    weight_order: str = "output_major"
+    save: str = "preactivation"
+    clamp_alpha: float = 1.702
+    clamp_limit: float = 7.0
+
+    def pack(self) -> str:
+        """A string that an operator's schema can carry; unpack is its inverse."""
+        return ",".join(str(value) for value in self)
+
+    @staticmethod
+    def unpack(packed: str) -> Config:
+        """The inverse of pack."""
+        *names, alpha, limit = packed.split(",")
+        return Config(*names, float(alpha), float(limit))
+
+    @property
+    def halves(self) -> int:
+        """Up-projections: 2 with a gate, 1 without."""
+        return 2 if self.activation in GATED else 1
+
+
+class Weights(NamedTuple):
+    """The experts' weights, or their gradients; None is absent. Shapes for output_major."""
+
+    w1: Any  # (E, h, d), or (E, n, d) with w1_up
+    w1_up: Any = None  # (E, n, d)
+    w2: Any = None  # (E, d, n)
+    b1: Any = None  # (E, h), or (E, n) with b1_up
+    b1_up: Any = None  # (E, n)
+    b2: Any = None  # (E, d)
+
+
+class Plan(NamedTuple):
+    """The RoutingPlan's int32 arrays; None is absent. Rows are sorted by expert, then by slot."""
+
+    expert_counts: Any  # (E)
+    expert_offsets: Any  # (E+1) exclusive, with a leading 0
+    row_to_token: Any = None  # (R_cap)
+    row_to_slot: Any = None  # (R_cap)
+    slot_to_row: Any = None  # (slots), -1: skipped
+    token_offsets: Any = None  # (T+1), only where tokens have differing numbers of experts
+    top_k: int = 0  # 0 with token_offsets, or for rows already dispatched
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the rows come sorted by expert already, so that there are no maps."""
+        return self.row_to_token is None
+
+
+class Problem(NamedTuple):
+    """What sizes depend on, in the order in which the library takes it."""
+
+    num_tokens: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    num_experts: int = 0
+    num_slots: int = 0
+    row_capacity: int = 0
+    dtype: str = "float32"
+    device_type: str = "cpu"
+    device_index: int = 0
+    rows: str = "routed"
+
+
+def accumulator(dtype: str) -> str:
+    """The dtype in which scores, logits and dS are kept for tensors of `dtype`."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+def call_tuple(context: CallContext, like: Any) -> tuple[Any, ...]:
+    """The context as the library takes it."""
+    arrays = arrays_of(like)
+    return (
+        context.backend,
+        context.threads,
+        arrays.stream(like),
+        context.sm_budget,
+        context.id_checks,
+        arrays.uint16_as(like),
+    )
+
+
+def problem_of(x: Any, weights: Weights, plan: Plan, config: Config) -> Problem:
+    """The problem of a call, by the shapes of its tensors."""
+    _check_rank("x", x, 2, "(num_tokens, hidden_size)")
+    _check_rank("w1", weights.w1, 3, "(num_experts, rows, columns)")
+    _check_rank("w2", weights.w2, 3, "(num_experts, rows, columns)")
+    arrays = arrays_of(x)
+    num_tokens, hidden_size = x.shape
+    return Problem(
+        num_tokens,
+        hidden_size,
+        weights.w2.shape[2 if config.weight_order == "output_major" else 1],
+        weights.w1.shape[0],
+        0 if plan.dispatched else plan.slot_to_row.shape[0],
+        num_tokens if plan.dispatched else plan.row_to_token.shape[0],
+        arrays.dtype_name(x),
+        *arrays.device(x),
+        "dispatched" if plan.dispatched else "routed",
+    )
+
+
+def router_logits(x: Any, weight: Any, context: CallContext) -> Any:
+    """Logits (T, E) = x (T, d) times weight (E, d) transposed, in fp32 (float64 for float64)."""
+    problem = _router_problem(x, weight)
+    arrays = arrays_of(x)
+    call = call_tuple(context, x)
+    logits = arrays.empty((x.shape[0], weight.shape[0]), accumulator(problem.dtype), x)
+    scratch = workspace(library().router_workspace_bytes(call, problem), x)
+    library().router_logits(call, pass_on(x, weight, logits, scratch))
+    return logits
+
+
+def router_logits_backward(
+    dlogits: Any, x: Any, weight: Any, wanted: tuple[bool, bool], context: CallContext
+) -> tuple[Any, Any]:
+    """Gradients of x and of the router's weight, in their dtypes; None for what is not wanted."""
+    arrays = arrays_of(x)
+    problem = _router_problem(x, weight)
+    call = call_tuple(context, x)
+    dx = arrays.empty(tuple(x.shape), problem.dtype, x) if wanted[0] else None
+    dweight = arrays.empty(tuple(weight.shape), problem.dtype, x) if wanted[1] else None
+    scratch = workspace(library().router_workspace_bytes(call, problem), x)
+    tensors = pass_on(dlogits, x, weight, dx, dweight, scratch)
+    library().router_logits_backward(call, tensors)
+    return dx, dweight
+
+
+def route(logits: Any, top_k: int, router: str, context: CallContext) -> tuple[Any, Any]:
+    """Scores and ids (T, K) of the K experts of each token."""
+    _check_rank("logits", logits, 2, "(num_tokens, num_experts)")
+    if not 1 <= top_k <= logits.shape[1]:
+        raise invalid(
+            "top_k", top_k, f"1 to num_experts = {logits.shape[1]}", "Choose within the experts"
+        )
+    arrays = arrays_of(logits)
+    shape = (logits.shape[0], top_k)
+    scores = arrays.empty(shape, arrays.dtype_name(logits), logits)
+    ids = arrays.empty(shape, "int32", logits)
+    library().route(call_tuple(context, logits), router, pass_on(logits, scores, ids))
+    return scores, ids
+
+
+def route_backward(
+    dscores: Any, saved: tuple[Any, Any, Any], num_experts: int, router: str, context: CallContext
+) -> Any:
+    """The logits' gradient (T, E); `saved` is (logits or None, scores, ids).
+
+    softmax_topk needs no logits: its scores say all.
+    """
+    logits, scores, ids = saved
+    arrays = arrays_of(scores)
+    dlogits = arrays.empty((scores.shape[0], num_experts), arrays.dtype_name(scores), scores)
+    tensors = pass_on(logits, scores, ids, dscores, dlogits)
+    library().route_backward(call_tuple(context, scores), router, tensors)
+    return dlogits
+
+
+def build_plan(
+    ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext
+) -> Plan:
+    """The plan of flat ids (slots); `shape` is (num_tokens, num_experts)."""
+    num_tokens, num_experts = shape
+    _check_rank("ids", ids, 1, "(slots,)")
+    num_slots = ids.shape[0]
+    if token_offsets is None and (num_slots % num_tokens if num_tokens else num_slots):
+        raise invalid(
+            "ids",
+            f"{num_slots} slots for {num_tokens} tokens",
+            "the same number of slots for every token",
+            "Pass token_offsets where tokens have differing numbers of experts",
+        )
+    top_k = num_slots // num_tokens if token_offsets is None and num_tokens else 0
+    if token_offsets is None and num_tokens == 0:
+        top_k = 1
+    arrays = arrays_of(ids)
+    plan = Plan(
+        arrays.empty((num_experts,), "int32", ids),
+        arrays.empty((num_experts + 1,), "int32", ids),
+        arrays.empty((num_slots,), "int32", ids),
+        arrays.empty((num_slots,), "int32", ids),
+        arrays.empty((num_slots,), "int32", ids),
+        token_offsets,
+        top_k,
+    )
+    call = call_tuple(context, ids)
+    device = arrays.device(ids)
+    problem = Problem(0, 0, 0, num_experts, num_slots, num_slots, "float32", *device)
+    scratch = workspace(library().plan_workspace_bytes(call, problem), ids)
+    tensors = pass_on(None, ids, token_offsets, scratch)
+    library().build_plan(call, tensors, num_tokens, plan_arguments(plan))
+    return plan
+
+
+def experts_forward(
+    x: Any, scores: Any, weights: Weights, plan: Plan, config: Config, context: CallContext
+) -> tuple[Any, Any]:
+    """Output and H: (T, d) and (R_cap, h), or None in place of H unless save is preactivation.
+
+    For rows already dispatched the output is (R_cap, d), and rows in a gap are zeros.
+    """
+    check_operands(x, weights)
+    problem = problem_of(x, weights, plan, config)
+    arrays = arrays_of(x)
+    call = call_tuple(context, x)
+    h = None
+    if config.save == "preactivation":
+        h_size = config.halves * problem.intermediate_size
+        h = arrays.empty((problem.row_capacity, h_size), problem.dtype, x)
+    allocate = arrays.zeros if plan.dispatched else arrays.empty
+    output = allocate((problem.num_tokens, problem.hidden_size), problem.dtype, x)
+    scratch = workspace(library().forward_workspace_bytes(call, config, problem), x)
+    tensors = pass_on(x, scores, h, output, scratch)
+    library().experts_forward(call, config, tensors, pass_on(*weights), plan_arguments(plan))
+    return output, h
+
+
+def check_operands(x: Any, weights: Weights) -> None:
+    """ValueError unless all floating tensors have one dtype and one device."""
+    arrays = arrays_of(x)
+    dtype, device = arrays.dtype_name(x), arrays.device(x)
+    for name, tensor in weights._asdict().items():
+        if tensor is None:
+            continue
+        if arrays_of(tensor) is not arrays:
+            raise invalid(name, type(tensor).__name__, type(x).__name__ + " like x", "Convert it")
+        if arrays.device(tensor) != device:
+            raise invalid(
+                f"device of {name}",
+                "{}:{}".format(*arrays.device(tensor)),
+                "{}:{}, the device of x".format(*device),
+                "Move one to the other's device",
+            )
+        if arrays.dtype_name(tensor) != dtype:
+            raise invalid(
+                f"dtype of {name}",
+                arrays.dtype_name(tensor),
+                f"{dtype}, the dtype of x",
+                "Convert one to the other's dtype (penstock never casts silently; the modules cast "
+                "under torch.autocast)",
+            )
+
+
+def pass_on(*arrays: Any) -> tuple[Any, ...]:
+    """The tensors of one argument group, as the library takes them."""
+    return tuple(None if array is None else arrays_of(array).pass_on(array) for array in arrays)
+
+
+def plan_arguments(plan: Plan) -> tuple[Any, int]:
+    """The plan as the library takes it; dropped_slots is not wanted, as R_cap covers every slot."""
+    return pass_on(*plan[:6], None), plan.top_k
+
+
+
+
+
+def _router_problem(x: Any, weight: Any) -> Problem:
+    _check_rank("x", x, 2, "(num_tokens, hidden_size)")
+    _check_rank("router_weight", weight, 2, "(num_experts, hidden_size)")
+    arrays = arrays_of(x)
+    if arrays.dtype_name(weight) != arrays.dtype_name(x):
+        raise invalid(
+            "dtype of router_weight",
+            arrays.dtype_name(weight),
+            f"{arrays.dtype_name(x)}, the dtype of x",
+            "Convert one of them; penstock.MoE converts x to the wider of the two",
+        )
+    return Problem(
+        num_tokens=x.shape[0],
+        hidden_size=x.shape[1],
+        num_experts=weight.shape[0],
+        dtype=arrays.dtype_name(x),
+        device_type=arrays.device(x)[0],
+        device_index=arrays.device(x)[1],
+    )
+
+
+def _check_rank(name: str, array: Any, rank: int, shape: str) -> None:
+    if array.ndim != rank:
+        raise invalid(name, f"shape {tuple(array.shape)}", f"{rank} dimensions {shape}", "Reshape")

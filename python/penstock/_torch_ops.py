@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's passes as torch.library operators in the namespace `penstock`, with autograd.
+
+Every operator has a fake kernel, so that torch.compile and FakeTensorMode know the outputs' shapes
+without running it. Settings and context travel as packed strings (Config.pack, CallContext.pack),
+because an operator's schema carries no structs. A gradient operator has no gradient of its own:
+asking for one is a clear error. Imported by functional.py at the first call with a torch tensor.
+
+Shapes as in _engine.py. An absent output (H unless it is kept, a gradient that is not wanted) is a
+tensor of no elements, because an operator cannot return None.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from penstock import _engine, _engine_backward
+from penstock._context import CallContext
+from penstock._engine import Config, Plan, Weights
+from penstock._engine_backward import Into, Saved
+
+_WEIGHTS = len(Weights._fields)
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty((0,))
+
+
+def _or_absent(tensor: Optional[Tensor], like: Tensor) -> Tensor:
+    return _absent(like) if tensor is None else tensor
+
+
+def _refuse_second_order(name: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(
+            f"second-order gradients: got a backward pass through penstock::{name}, expected first "
+            "order only. Call backward without create_graph, or use plain torch operations for "
+            "this layer"
+        )
+
+    return backward
+
+
+def _refuse_vmap(name: str) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"torch.func.vmap: got penstock::{name}, expected operations with a batching rule. Fold "
+            "the mapped dimension into the tokens: experts already work on any number of rows"
+        )
+
+    return vmap
+
+
+@torch.library.custom_op("penstock::router_logits", mutates_args=())
+def router_logits(x: Tensor, weight: Tensor, context: str) -> Tensor:
+    """Logits (T, E) of x (T, d) and the router's weight (E, d), in fp32 (float64 for float64)."""
+    return _engine.router_logits(x, weight, CallContext.unpack(context))
+
+
+@router_logits.register_fake
+def _(x: Tensor, weight: Tensor, context: str) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("penstock::router_logits_backward", mutates_args=())
+def router_logits_backward(
+    dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], context: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the router's weight; no elements where not wanted."""
+    dx, dweight = _engine.router_logits_backward(
+        dlogits.contiguous(), x, weight, (wanted[0], wanted[1]), CallContext.unpack(context)
+    )
+    return _or_absent(dx, x), _or_absent(dweight, x)
+
+
+@router_logits_backward.register_fake
+def _(
+    dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], context: str
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape) if wanted[0] else _absent(x),
+        x.new_empty(weight.shape) if wanted[1] else _absent(x),
+    )
+
+
+def _router_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.context = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _router_logits_grad(ctx: Any, dlogits: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
+    dx, dweight = router_logits_backward(dlogits, x, weight, wanted, ctx.context)
+    return dx if wanted[0] else None, dweight if wanted[1] else None, None
+
+
+router_logits.register_autograd(_router_logits_grad, setup_context=_router_logits_setup)
+
+
+@torch.library.custom_op("penstock::route", mutates_args=())
+def route(logits: Tensor, top_k: int, router: str, context: str) -> tuple[Tensor, Tensor]:
+    """Scores and int32 ids (T, K) of the K experts of each token."""
+    return _engine.route(logits, top_k, router, CallContext.unpack(context))
+
+
+@route.register_fake
+def _(logits: Tensor, top_k: int, router: str, context: str) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape), logits.new_empty(shape, dtype=torch.int32)
+
+
+@torch.library.custom_op("penstock::route_backward", mutates_args=())
+def route_backward(
+    dscores: Tensor,
+    logits: Optional[Tensor],
+    scores: Tensor,
+    ids: Tensor,
+    settings: list[int],
+    packed: list[str],
+) -> Tensor:
+    """The logits' gradient; settings is [num_experts], packed is [router, context]."""
+    router, context = packed
+    saved = (logits, scores, ids)
+    return _engine.route_backward(
+        dscores.contiguous(), saved, settings[0], router, CallContext.unpack(context)
+    )
+
+
+@route_backward.register_fake
+def _(
+    dscores: Tensor,
+    logits: Optional[Tensor],
+    scores: Tensor,
+    ids: Tensor,
+    settings: list[int],
+    packed: list[str],
+) -> Tensor:
+    return scores.new_empty((scores.shape[0], settings[0]))
+
+
+def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, _, ctx.router, ctx.context = inputs
+    ctx.num_experts = logits.shape[1]
+    # Only a softmax over all E logits needs them again.
+    kept = None if ctx.router == "softmax_topk" else logits
+    ctx.save_for_backward(kept, *output)
+
+
+def _route_grad(ctx: Any, dscores: Tensor, dids: Any) -> tuple[Any, ...]:
+    logits, scores, ids = ctx.saved_tensors
+    dlogits = route_backward(
+        dscores, logits, scores, ids, [ctx.num_experts], [ctx.router, ctx.context]
+    )
+    return dlogits, None, None, None
+
+
+route.register_autograd(_route_grad, setup_context=_route_setup)
+
+
+@torch.library.custom_op("penstock::plan", mutates_args=())
+def plan(
+    ids: Tensor, token_offsets: Optional[Tensor], num_tokens: int, num_experts: int, context: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """expert_counts, expert_offsets, row_to_token, row_to_slot, slot_to_row of flat ids (slots)."""
+    built = _engine.build_plan(
+        ids, token_offsets, (num_tokens, num_experts), CallContext.unpack(context)
+    )
+    return built[:5]
+
+
+@plan.register_fake
+def _(
+    ids: Tensor, token_offsets: Optional[Tensor], num_tokens: int, num_experts: int, context: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    slots = ids.shape[0]
+    sizes = (num_experts, num_experts + 1, slots, slots, slots)
+    counts, offsets, *maps = (ids.new_empty((size,), dtype=torch.int32) for size in sizes)
+    return counts, offsets, maps[0], maps[1], maps[2]
+
+
+@torch.library.custom_op("penstock::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    scores: Optional[Tensor],
+    w1: Tensor,
+    w1_up: Optional[Tensor],
+    w2: Tensor,
+    b1: Optional[Tensor],
+    b1_up: Optional[Tensor],
+    b2: Optional[Tensor],
+    trainable: Optional[Tensor],
+    expert_counts: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Optional[Tensor],
+    row_to_slot: Optional[Tensor],
+    slot_to_row: Optional[Tensor],
+    token_offsets: Optional[Tensor],
+    top_k: int,
+    config: str,
+    context: str,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, d) and H (R_cap, h), which has no elements unless save is preactivation."""
+    routing = (row_to_token, row_to_slot, slot_to_row, token_offsets)
+    output, h = _engine.experts_forward(
+        x,
+        scores,
+        Weights(w1, w1_up, w2, b1, b1_up, b2),
+        Plan(expert_counts, expert_offsets, *routing, top_k),
+        Config.unpack(config),
+        CallContext.unpack(context),
+    )
+    return output, _or_absent(h, x)
+
+
+@experts.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    x, _, *weights = args[: 2 + _WEIGHTS]
+    row_to_token, config = args[11], Config.unpack(args[16])
+    output = x.new_empty(x.shape)
+    if config.save != "preactivation":
+        return output, _absent(x)
+    w2 = weights[2]
+    n = w2.shape[2 if config.weight_order == "output_major" else 1]
+    rows = x.shape[0] if row_to_token is None else row_to_token.shape[0]
+    return output, x.new_empty((rows, config.halves * n))
+
+
+@torch.library.custom_op("penstock::experts_backward", mutates_args=())
+def experts_backward(
+    d_output: Tensor,
+    x: Tensor,
+    scores: Optional[Tensor],
+    w1: Tensor,
+    w1_up: Optional[Tensor],
+    w2: Tensor,
+    b1: Optional[Tensor],
+    b1_up: Optional[Tensor],
+    b2: Optional[Tensor],
+    trainable: Optional[Tensor],
+    expert_counts: Tensor,
+    expert_offsets: Tensor,
+    row_to_token: Optional[Tensor],
+    row_to_slot: Optional[Tensor],
+    slot_to_row: Optional[Tensor],
+    token_offsets: Optional[Tensor],
+    h: Optional[Tensor],
+    wanted: list[bool],
+    settings: list[int],
+    packed: list[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the first eight inputs of `experts`; no elements where not wanted.
+
+    settings is [top_k], packed is [config, context].
+    """
+    routing = (row_to_token, row_to_slot, slot_to_row, token_offsets)
+    saved = Saved(
+        x,
+        scores,
+        Weights(w1, w1_up, w2, b1, b1_up, b2),
+        Plan(expert_counts, expert_offsets, *routing, settings[0]),
+        h,
+        Config.unpack(packed[0]),
+    )
+    grads = _engine_backward.new_weight_grads(saved, Weights(*wanted[2:]), trainable)
+    dx, dscores, dweights = _engine_backward.experts_backward(
+        rows_of_unit_stride(d_output),
+        saved,
+        (wanted[0], wanted[1]),
+        Into(grads, "overwrite", trainable),
+        CallContext.unpack(packed[1]),
+    )
+    return tuple(_or_absent(grad, x) for grad in (dx, dscores, *dweights))
+
+
+@experts_backward.register_fake
+def _(d_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    x, wanted = args[0], args[16]
+    return tuple(
+        source.new_empty(source.shape) if want and source is not None else _absent(x)
+        for source, want in zip(args[: 2 + _WEIGHTS], wanted, strict=True)
+    )
+
+
+def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.top_k, ctx.config, ctx.context = inputs
+    h = output[1] if Config.unpack(ctx.config).save == "preactivation" else None
+    ctx.save_for_backward(*tensors, h)
+    ctx.set_materialize_grads(False)
+
+
+def _experts_grad(ctx: Any, d_output: Optional[Tensor], dh: Optional[Tensor]) -> tuple[Any, ...]:
+    rest = (None,) * 10
+    if d_output is None:
+        return (*((None,) * 8), *rest)
+    if Config.unpack(ctx.config).save == "nothing":
+        raise RuntimeError(
+            'save: got "nothing" and a backward pass, expected "preactivation" or "input". Pass one '
+            "of these to keep what backward needs"
+        )
+    wanted = list(ctx.needs_input_grad[: 2 + _WEIGHTS])
+    grads = experts_backward(
+        d_output, *ctx.saved_tensors, wanted, [ctx.top_k], [ctx.config, ctx.context]
+    )
+    return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *rest)
+
+
+experts.register_autograd(_experts_grad, setup_context=_experts_setup)
+
+
+def rows_of_unit_stride(rows: Tensor) -> Tensor:
+    """`rows` itself, or a packed copy when its last stride is not 1 (an expanded gradient)."""
+    unit = rows.stride(-1) == 1 or rows.shape[-1] == 1
+    return rows if unit and rows.stride(0) >= rows.shape[-1] else rows.contiguous()
+
+
+for _op in (router_logits_backward, route_backward, experts_backward):
+    _op.register_autograd(_refuse_second_order(_op._opoverload._schema.name.split("::")[1]))
+for _op in (router_logits, route, plan, experts):
+    _op.register_vmap(_refuse_vmap(_op._opoverload._schema.name.split("::")[1]))

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as functions, on torch tensors (with autograd) or NumPy arrays.
+
+Shapes: T tokens, d hidden, n intermediate, h = 2n gated or n, E experts, K experts per token,
+R_cap = T K rows. The mathematics is in docs/python.md:
+    H_r = x_t W1_e^T + b1_e     A_r = act(H_r)     Y_r = A_r W2_e^T + b2_e     O_t = sum_r S_r Y_r
+For NumPy, or without autograd, moe_experts_forward and moe_experts_backward are the explicit pair.
+
+Errors of every function: ValueError for a shape, dtype, device or value that the contract excludes;
+UnsupportedError (a RuntimeError) where no backend can run the call, or not the one chosen by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock import _engine, _engine_backward
+from penstock._arrays import TorchArrays, arrays_of, is_torch
+from penstock._context import current
+from penstock._engine import Config, Plan, Weights
+from penstock._engine_backward import Grads, Into, Saved
+from penstock._sizes import saved_bytes, workspace_bytes
+from penstock.errors import invalid
+from penstock.routing import Routing, router_name
+
+__all__ = [
+    "Grads",
+    "Plan",
+    "Routing",
+    "Saved",
+    "Weights",
+    "experts_on_rows",
+    "moe_experts",
+    "moe_experts_backward",
+    "moe_experts_forward",
+    "plan",
+    "route",
+    "route_backward",
+    "router_logits",
+    "router_logits_backward",
+    "saved_bytes",
+    "workspace_bytes",
+]
+
+
+def router_logits(x: Any, router_weight: Any) -> Any:
+    """Logits (T, E) = x Wr^T, in fp32 (float64 for float64 x); one token's never depend on others.
+
+    x (T, d), router_weight (E, d), of one dtype. torch: differentiable in both.
+    """
+    if is_torch(x):
+        return _ops().router_logits(_packed_rows(x), router_weight, _context_key())
+    return _engine.router_logits(x, router_weight, current())
+
+
+def router_logits_backward(dlogits: Any, x: Any, router_weight: Any) -> tuple[Any, Any]:
+    """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy arrays or by hand."""
+    return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), current())
+
+
+def route(
+    logits: Any, top_k: int, *, router: str = "softmax_topk", renormalize: bool | None = None
+) -> Routing:
+    """Choose the K experts of each token.
+
+    logits (T, E) fp32 or float64. router: "softmax_topk" (softmax over the chosen logits, Mixtral),
+    "topk_softmax" (softmax over all E, then choose; Switch Transformer, arXiv 2101.03961), the
+    latter with renormalize=True divided by the sum of the chosen. Experts come by falling logit,
+    ties by the lower id; a NaN logit ranks below every number, so ids are always distinct and valid.
+    torch: the scores are differentiable in the logits.
+    """
+    name = router_name(router, renormalize)
+    if is_torch(logits):
+        scores, ids = _ops().route(logits.contiguous(), top_k, name, _context_key())
+    else:
+        scores, ids = _engine.route(logits, top_k, name, current())
+    return Routing.from_topk(scores, ids)
+
+
+def route_backward(
+    dscores: Any,
+    logits: Any,
+    routing: Routing,
+    *,
+    router: str = "softmax_topk",
+    renormalize: bool | None = None,
+) -> Any:
+    """The logits' gradient (T, E) from that of the scores (T, K), for NumPy arrays or by hand."""
+    scores, ids = routing.topk()
+    name = router_name(router, renormalize)
+    dscores = dscores.reshape(scores.shape)
+    saved = (logits, scores, ids)
+    return _engine.route_backward(dscores, saved, logits.shape[1], name, current())
+
+
+def plan(routing: Routing, num_experts: int) -> Plan:
+    """The routing's plan: int32 arrays that sort its slots by expert, inside an expert by slot.
+
+    Inside `penstock.backend(id_checks="checked")` a negative id other than -1, or an expert twice
+    in one token, is a ValueError; otherwise any id outside [0, E) skips its slot.
+    """
+    shape = (routing.num_tokens, num_experts)
+    if not is_torch(routing.ids):
+        return _engine.build_plan(routing.ids, routing.token_offsets, shape, current())
+    arrays = _ops().plan(routing.ids, routing.token_offsets, *shape, _context_key())
+    top_k = 0 if routing.token_offsets is not None else max(routing.top_k, 1)
+    return Plan(*arrays, routing.token_offsets, top_k)
+
+
+def moe_experts(  # noqa: PLR0913  the names are the public surface
+    x: Any,
+    w1: Any,
+    w2: Any,
+    topk_scores: Any,
+    topk_ids: Any = None,
+    *,
+    b1: Any = None,
+    b2: Any = None,
+    activation: str = "swiglu",
+    gate_layout: str = "concatenated",
+    weight_order: str = "output_major",
+    save: str = "preactivation",
+    clamp_alpha: float = 1.702,
+    clamp_limit: float = 7.0,
+    trainable: Any = None,
+    main_grad: bool = False,
+    delayed: Any = None,
+) -> Any:
+    """Experts of a Mixture-of-Experts layer: O_t = sum over the chosen experts of S * expert(x_t).
+
+    x (T, d). w1 (E, h, d), or a pair (gate, up) of (E, n, d) each; w2 (E, d, n). With
+    weight_order="input_major": (E, d, h) and (E, n, d), as gpt-oss stores them. Any expert stride,
+    but the last axis or the one before it packed; weights are never copied. b1 (E, h) or a pair of
+    (E, n), b2 (E, d). All of one dtype: bfloat16, float16, float32, float64 (reference backend).
+    topk_scores (T, K) fp32 (float64 for float64 x) with topk_ids (T, K) int32 or int64, where -1 or
+    any id >= E skips; or a Routing in place of both. Returns O (T, d), dtype of x.
+
+    activation: swiglu, geglu, reglu, swiglu_clamped (gpt-oss, with clamp_alpha and clamp_limit),
+    silu, gelu, gelu_tanh, relu, relu_squared. gate_layout: where w1's rows hold gate and up:
+    "concatenated" (gate first) or "interleaved" (gate even, up odd); not used with a pair.
+    save: what is kept for backward besides x, scores, ids and plan: "preactivation" keeps H,
+    "input" computes it again, "nothing" is inference (chosen by itself where no gradient is wanted).
+
+    torch: differentiable once in x, scores, weights and biases (SonicMoE, arXiv 2512.14080, for
+    the gradient of the scores without Y).
+    trainable: (E) uint8 or bool; experts with 0 are frozen: no gradient work, zero gradients.
+    main_grad: weights with an attribute `main_grad` (their dtype or fp32) have their gradients
+    added there, and autograd gets none for them. delayed: a DelayedWeightGrads, which takes the
+    weight gradients' work until its run(). NumPy: forward only; see moe_experts_forward.
+    """
+    weights = _weights((w1, w2), (b1, b2))
+    routing = _routing(x, topk_scores, topk_ids)
+    config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit)
+    if not is_torch(x):
+        for name, value in (("trainable", trainable), ("delayed", delayed)):
+            _refuse_for_numpy(name, value)
+        return moe_experts_forward(x, weights, routing, config._replace(save="nothing"))[0]
+    _engine.check_operands(x, weights)
+    the_plan = plan(routing, w2.shape[0])
+    operands = (_packed_rows(x), _unit_stride(routing.scores), weights)
+    return _experts(operands, the_plan, config, (trainable, main_grad, delayed))
+
+
+def experts_on_rows(  # noqa: PLR0913  the names are the public surface
+    rows: Any,
+    w1: Any,
+    w2: Any,
+    expert_counts: Any,
+    expert_offsets: Any = None,
+    *,
+    scores: Any = None,
+    b1: Any = None,
+    b2: Any = None,
+    activation: str = "swiglu",
+    gate_layout: str = "concatenated",
+    weight_order: str = "output_major",
+    save: str = "preactivation",
+    clamp_alpha: float = 1.702,
+    clamp_limit: float = 7.0,
+    trainable: Any = None,
+    main_grad: bool = False,
+    delayed: Any = None,
+) -> Any:
+    """Experts on rows that are already sorted by expert: what expert parallelism plugs into.
+
+    rows (R_cap, d); expert_counts (E) int32, on the device of rows; expert_offsets (E+1) int32,
+    where each expert's rows begin, or None for rows without gaps. Rows in a gap or past the last
+    expert are not read; in the output and the gradients they are zeros. scores (R_cap) fp32 or None
+    for 1. Returns (R_cap, d): row r is S_r * expert(rows_r). Nothing is gathered or combined.
+    The rest is as for moe_experts.
+    """
+    weights = _weights((w1, w2), (b1, b2))
+    config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit)
+    if expert_offsets is None:
+        expert_offsets = _offsets_of(expert_counts)
+    the_plan = Plan(expert_counts, expert_offsets)
+    if not is_torch(rows):
+        for name, value in (("trainable", trainable), ("delayed", delayed)):
+            _refuse_for_numpy(name, value)
+        config = config._replace(save="nothing")
+        return _engine.experts_forward(rows, scores, weights, the_plan, config, current())[0]
+    _engine.check_operands(rows, weights)
+    operands = (_packed_rows(rows), scores, weights)
+    return _experts(operands, the_plan, config, (trainable, main_grad, delayed))
+
+
+def moe_experts_forward(
+    x: Any, weights: Weights, routing: Routing, config: Config | None = None
+) -> tuple[Any, Saved]:
+    """The forward pass without autograd: the output (T, d) and what backward needs.
+
+    weights: functional.Weights(w1=, w1_up=, w2=, b1=, b1_up=, b2=). config: functional.Config.
+    """
+    config = Config() if config is None else config
+    _engine.check_operands(x, weights)
+    the_plan = plan(routing, weights.w1.shape[0])
+    output, h = _engine.experts_forward(x, routing.scores, weights, the_plan, config, current())
+    return output, Saved(x, routing.scores, weights, the_plan, h, config, routing.ids)
+
+
+def moe_experts_backward(d_output: Any, saved: Saved) -> Grads:
+    """The backward pass without autograd: gradients of x (T, d), scores (slots) and weights.
+
+    d_output (T, d), dtype of x. Returned weights are functional.Weights of gradients.
+    """
+    if saved.config.save == "nothing":
+        raise invalid(
+            "save",
+            '"nothing", which keeps nothing for backward',
+            '"preactivation" or "input"',
+            "Pass one of these to moe_experts_forward",
+        )
+    wanted = Weights(*(weight is not None for weight in saved.weights))
+    into = Into(_engine_backward.new_weight_grads(saved, wanted, None))
+    return _engine_backward.experts_backward(d_output, saved, (True, True), into, current())
+
+
+def _ops() -> Any:
+    from penstock import _torch_ops
+
+    return _torch_ops
+
+
+def _context_key() -> str:
+    """The context for an operator: read now, or by the operator where this is being compiled."""
+    import torch
+
+    return "" if torch.compiler.is_compiling() else current().pack()
+
+
+def _weights(matrices: tuple[Any, Any], biases: tuple[Any, Any]) -> Weights:
+    (w1, w2), (b1, b2) = matrices, biases
+    gate, up = w1 if isinstance(w1, (tuple, list)) else (w1, None)
+    gate_bias, up_bias = b1 if isinstance(b1, (tuple, list)) else (b1, None)
+    return Weights(gate, up, w2, gate_bias, up_bias, b2)
+
+
+def _routing(x: Any, scores: Any, ids: Any) -> Routing:
+    if isinstance(scores, Routing):
+        if ids is not None:
+            raise invalid(
+                "topk_ids", "ids besides a Routing", "a Routing alone", "Leave topk_ids out"
+            )
+        routing = scores
+    else:
+        if ids is None:
+            raise invalid("topk_ids", "None", "ids (T, K)", "Pass them, or a Routing instead")
+        routing = Routing.from_topk(scores, ids)
+    if routing.num_tokens != x.shape[0]:
+        raise invalid(
+            "number of tokens of the routing",
+            routing.num_tokens,
+            f"{x.shape[0]}, as x has",
+            "Route the same tokens that the experts get",
+        )
+    return routing
+
+
+def _experts(
+    operands: tuple[Any, Any, Weights],
+    the_plan: Plan,
+    config: Config,
+    seams: tuple[Any, bool, Any],
+) -> Any:
+    import torch
+
+    x, scores, weights = operands
+    trainable, main_grad, delayed = seams
+    if trainable is not None and trainable.dtype == torch.bool:
+        trainable = trainable.view(torch.uint8)
+    tensors = [tensor for tensor in (x, scores, *weights) if tensor is not None]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        config = config._replace(save="nothing")
+    elif main_grad or delayed is not None:
+        from penstock._seams import Seams, experts_with_seams
+
+        return experts_with_seams(
+            operands, the_plan, config, Seams(main_grad, delayed, trainable)
+        )
+    output, _ = _ops().experts(
+        x, scores, *weights, trainable, *the_plan, config.pack(), _context_key()
+    )
+    return output
+
+
+def _packed_rows(rows: Any) -> Any:
+    """`rows`, or a copy where the elements of a row are not adjacent."""
+    return _ops().rows_of_unit_stride(rows)
+
+
+def _unit_stride(scores: Any) -> Any:
+    return scores if scores.is_contiguous() else scores.contiguous()
+
+
+def _offsets_of(counts: Any) -> Any:
+    if arrays_of(counts) is TorchArrays:
+        import torch
+
+        return torch.nn.functional.pad(counts.cumsum(0, dtype=counts.dtype), (1, 0))
+    import numpy as np
+
+    return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+
+
+def _refuse_for_numpy(name: str, value: Any) -> None:
+    if value is not None:
+        raise invalid(
+            name, "it with NumPy arrays", "torch tensors", "Use moe_experts_backward, or torch"
+        )

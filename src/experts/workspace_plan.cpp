@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// See workspace_plan.h. Placement: largest buffer first, each at the lowest aligned offset where
+// it meets no buffer that is alive at the same time.
+#include "experts/workspace_plan.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "tensor/checks.h"
+
+namespace penstock {
+namespace {
+
+// Launches in order; a buffer is alive from `first` to `last`, both included.
+enum ForwardLaunch : int { kUpProjection, kDownProjection, kCombine };
+enum BackwardLaunch : int {
+  kRecompute,
+  kDownBackward,
+  kScoreGradient,
+  kDownWeightGradient,
+  kUpBackward,
+  kUpWeightGradient,
+  kCombineGradient,
+};
+
+struct Request {
+  Buffer* buffer;
+  int first;
+  int last;
+};
+
+int64_t aligned(int64_t offset) {
+  return (offset + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+bool alive_together(const Request& a, const Request& b) {
+  return a.first <= b.last && b.first <= a.last;
+}
+
+// Sets every offset; returns the bytes of the whole.
+int64_t place(std::vector<Request> requests) {
+  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
+    return a.buffer->bytes > b.buffer->bytes;
+  });
+  int64_t total = 0;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    Buffer& buffer = *requests[i].buffer;
+    if (buffer.bytes == 0) continue;
+    std::vector<Buffer> taken;
+    for (size_t j = 0; j < i; ++j)
+      if (alive_together(requests[i], requests[j])) taken.push_back(*requests[j].buffer);
+    std::sort(taken.begin(), taken.end(),
+              [](const Buffer& a, const Buffer& b) { return a.offset < b.offset; });
+    buffer.offset = 0;
+    for (const Buffer& other : taken)
+      if (buffer.offset + buffer.bytes > other.offset)
+        buffer.offset = std::max(buffer.offset, aligned(other.offset + other.bytes));
+    total = std::max(total, buffer.offset + buffer.bytes);
+  }
+  return total;
+}
+
+int64_t rows_bytes(const ExpertsProblem& problem, int64_t width, DType dtype) {
+  return checked_product({problem.row_capacity, width, size_of(dtype)}, "workspace");
+}
+
+bool dispatched(const ExpertsProblem& problem) { return problem.rows == RowSource::dispatched; }
+
+}  // namespace
+
+ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& backend,
+                              const Context& context) {
+  ForwardWorkspace plan;
+  plan.a.bytes = rows_bytes(problem, problem.intermediate_size, problem.dtype);
+  if (!dispatched(problem)) plan.y.bytes = rows_bytes(problem, problem.hidden_size, problem.dtype);
+  plan.scratch.bytes = backend.scratch_bytes(problem, context);
+  plan.bytes = place({{&plan.a, kUpProjection, kDownProjection},
+                      {&plan.y, kDownProjection, kCombine},
+                      {&plan.scratch, kUpProjection, kCombine}});
+  return plan;
+}
+
+BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass,
+                                const Backend& backend, const Context& context) {
+  BackwardWorkspace plan;
+  plan.scratch.bytes = backend.scratch_bytes(problem, context);
+  if (pass == BackwardPass::whole) {
+    plan.dh.bytes = rows_bytes(problem, problem.preactivation_size(), problem.dtype);
+    plan.a_scaled.bytes = rows_bytes(problem, problem.intermediate_size, problem.dtype);
+  }
+  if (pass != BackwardPass::weights) {
+    plan.partials.bytes =
+        rows_bytes(problem, backend.score_partials(problem), accumulator_of(problem.dtype));
+    if (!dispatched(problem))
+      plan.dx_rows.bytes = rows_bytes(problem, problem.hidden_size, problem.dtype);
+  }
+  plan.bytes = place({{&plan.dh, kRecompute, kUpWeightGradient},
+                      {&plan.a_scaled, kDownBackward, kDownWeightGradient},
+                      {&plan.partials, kDownBackward, kScoreGradient},
+                      {&plan.dx_rows, kUpBackward, kCombineGradient},
+                      {&plan.scratch, kRecompute, kCombineGradient}});
+  return plan;
+}
+
+}  // namespace penstock

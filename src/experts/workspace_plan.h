@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which temporary lives where in a call's workspace. Every buffer has a size and a lifetime in
+// launches; buffers whose lifetimes do not meet may share memory. The plan is a pure function of
+// the problem and the backend, so the query and the call agree to the byte.
+//
+//   launch          forward: up_projection, down_projection, combine
+//                   backward: recompute H, down_backward, score_gradient, dW2 and db2,
+//                             up_backward, dW1 and db1, combine
+//   H and dH        one buffer: down_backward writes dH over H, element by element
+//   dX~             over A' and the partial sums, which are dead by then
+//   scratch         the backend's own, counted once as the largest of its operations
+#pragma once
+
+#include "backend/ops.h"
+
+namespace penstock {
+
+struct Buffer {
+  int64_t offset = 0;
+  int64_t bytes = 0;
+};
+
+struct ForwardWorkspace {
+  Buffer a;        // (R_cap, n)
+  Buffer y;        // (R_cap, d)  empty when dispatched: Y is written to the output
+  Buffer scratch;  //
+  int64_t bytes = 0;
+};
+
+struct BackwardWorkspace {
+  Buffer dh;        // (R_cap, h)   empty where the caller brings it
+  Buffer a_scaled;  // (R_cap, n)   likewise
+  Buffer partials;  // (R_cap, P)   accumulator type
+  Buffer dx_rows;   // (R_cap, d)   empty when dispatched: dX~ is dX
+  Buffer scratch;   //
+  int64_t bytes = 0;
+};
+
+// The three passes that run backward launches.
+enum class BackwardPass : uint8_t { whole, data, weights };
+
+ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& backend,
+                              const Context& context);
+BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass,
+                                const Backend& backend, const Context& context);
+
+// The part of a workspace that a buffer is.
+inline void* address_of(const Workspace& workspace, const Buffer& buffer) {
+  return buffer.bytes == 0 ? nullptr : static_cast<char*>(workspace.data) + buffer.offset;
+}
+inline Workspace part_of(const Workspace& workspace, const Buffer& buffer) {
+  return {address_of(workspace, buffer), buffer.bytes};
+}
+
+}  // namespace penstock
