@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The choices declared in config.h; nothing here touches a GPU.
+#include "backends/cuda/gemm/config.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace penstock::cuda {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tensor-map rows of 16-byte multiples, and 16-byte copies.
+constexpr int64_t kGranule = 8;
+
+}  // namespace
+
+int32_t token_tile(int64_t row_capacity, int64_t num_experts) {
+  const double mean = static_cast<double>(row_capacity) / static_cast<double>(num_experts);
+  return mean + 2.0 * std::sqrt(mean) <= 64.0 ? 64 : 128;
+}
+
+int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows) {
+  return ceil_div(row_capacity, tile_rows) + std::min(num_experts, row_capacity);
+}
+
+int32_t router_gradient_slices(const RouterProblem& problem) {
+  // One wave of a 132-multiprocessor chip, slices of at least 512 rows.
+  constexpr int64_t kWave = 132;
+  constexpr int64_t kLeastRows = 512;
+  constexpr int64_t kMost = 32;
+  const int64_t tiles = ceil_div(problem.num_experts, kGradientTileM) *
+                        ceil_div(problem.hidden_size, kWideTileN);
+  const int64_t by_rows = std::max<int64_t>(1, 2 * problem.num_tokens / kLeastRows);
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(kWave / std::max<int64_t>(1, tiles), 1, std::min(kMost, by_rows)));
+}
+
+std::string why_not_shape(const ExpertsProblem& problem) {
+  if (problem.dtype != DType::bfloat16 && problem.dtype != DType::float16)
+    return "dtype " + std::string(name_of(problem.dtype)) + " (it runs bfloat16 and float16)";
+  if (problem.hidden_size % kGranule != 0)
+    return "hidden_size " + std::to_string(problem.hidden_size) + " is not a multiple of 8";
+  if (problem.intermediate_size % kGranule != 0)
+    return "intermediate_size " + std::to_string(problem.intermediate_size) +
+           " is not a multiple of 8";
+  if (problem.config.weight_order == WeightOrder::input_major &&
+      problem.config.gate_layout == GateLayout::interleaved && is_gated(problem.config.activation))
+    return "weight_order input_major with gate_layout interleaved: neither axis of gate or up is "
+           "contiguous";
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (problem.row_capacity > kMost || problem.hidden_size > kMost ||
+      problem.preactivation_size() > kMost)
+    return "a size past 2^31 - 1";
+  return {};
+}
+
+int64_t score_partials_of(int64_t intermediate_size) {
+  return ceil_div(intermediate_size, kDownBackwardTileN);
+}
+
+}  // namespace penstock::cuda

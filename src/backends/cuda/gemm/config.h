@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which tile a product runs on: a pure function of the problem, the same on every machine, so that
+// results do not depend on the number of multiprocessors and no call ever measures anything.
+//
+// Called by the launchers, by tile_rows and score_partials, and by tests that need no GPU.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "penstock/experts.h"
+#include "penstock/routing.h"
+
+namespace penstock::cuda {
+
+// Columns of the tiles. A gated up-projection covers half as many intermediate columns.
+inline constexpr int32_t kWideTileN = 256;
+inline constexpr int32_t kDownBackwardTileN = 128;
+inline constexpr int32_t kLogitsTileN = 128;
+inline constexpr int32_t kGradientTileM = 128;
+
+// Token rows of a tile: 64 or 128. Rows are known on the host only as a capacity, so the expected
+// load of an expert decides, with a margin of two standard deviations of a random routing.
+int32_t token_tile(int64_t row_capacity, int64_t num_experts);
+
+// An upper bound of the row tiles of a launch: every expert may end in a partial tile.
+int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows);
+
+// How many slices the token axis is cut into for the router's weight gradient, whose few output
+// tiles would otherwise leave most of the chip idle. Fixed by the shape: results never change.
+int32_t router_gradient_slices(const RouterProblem& problem);
+
+// Empty if the shape, dtype and weight layout fit the kernels, otherwise the reason by name.
+std::string why_not_shape(const ExpertsProblem& problem);
+
+int64_t score_partials_of(int64_t intermediate_size);
+
+}  // namespace penstock::cuda

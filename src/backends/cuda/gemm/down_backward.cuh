@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// G_r = dO_{token(r)} W2_e and, in its epilogue, dH, A' and the partial sums of dS.
+#pragma once
+
+#include "backends/cuda/gemm/epilogue_down_backward.cuh"
+#include "backends/cuda/gemm/launch.cuh"
+
+namespace penstock::cuda {
+
+template <typename Element, Gating kGating>
+struct DownBackwardLauncher {
+  const RowProblem& problem;
+  const DownBackwardEpilogueParams& epilogue;
+  const Context& context;
+
+  template <int kTileM, Major kMajor>
+  void run() const {
+    using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor>;
+    using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
+    launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
+  }
+};
+
+template <typename Element>
+void down_backward(const DownBackwardArgs& args, const Context& context) {
+  const GroupedMatrix& w = args.weights.w;
+  const int64_t n = args.a_scaled.size(1);
+  const int64_t d = args.d_output.size(1);
+  const RowProblem problem = {
+      "down_backward",
+      {"d_output", args.d_output.data, args.d_output.size(0), args.d_output.stride(0), 1, 0, d,
+       args.rows.row_to_token.template as<int32_t>()},
+      {"w2", w.dtype, {w.data, nullptr}, 1, args.rows.num_experts(), w.expert_stride, n,
+       w.col_stride, d, w.row_stride},
+      groups_of(args.rows),
+      args.rows.row_capacity};
+  const DownBackwardEpilogueParams epilogue = {
+      rows_of(args.h),
+      rows_of(args.dh),
+      rows_of(args.a_scaled),
+      rows_of(args.partials),
+      args.scores.present() ? args.scores.template as<float>() : nullptr,
+      args.rows.row_to_slot.present() ? args.rows.row_to_slot.template as<int32_t>() : nullptr,
+      activation_of(args.activation),
+      static_cast<int32_t>(n)};
+  require_vectors("h", args.h.data, {args.h.stride(0)});
+  require_vectors("dh", args.dh.data, {args.dh.stride(0)});
+  require_vectors("a_scaled", args.a_scaled.data, {args.a_scaled.stride(0)});
+  if (is_gated(args.activation.kind)) {
+    with_row_tile(problem,
+                  DownBackwardLauncher<Element, Gating::gated>{problem, epilogue, context});
+  } else {
+    with_row_tile(problem,
+                  DownBackwardLauncher<Element, Gating::plain>{problem, epilogue, context});
+  }
+}
+
+}  // namespace penstock::cuda

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From op structs to kernel parameters: groups, weight maps, grids, and the launch itself with its
+// error named. Included by the products' translation units only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <string>
+
+#include "backend/ops.h"
+#include "backends/cuda/gemm/activation.cuh"
+#include "backends/cuda/gemm/config.h"
+#include "backends/cuda/gemm/epilogue.cuh"
+#include "backends/cuda/gemm/kernel.cuh"
+#include "backends/cuda/gemm/load_columns.cuh"
+#include "backends/cuda/gemm/load_rows.cuh"
+#include "backends/cuda/gemm/products.h"
+#include "backends/cuda/gemm/tensor_map.h"
+#include "penstock/error.h"
+
+namespace penstock::cuda {
+
+template <typename Element>
+inline constexpr DType kDTypeOf = DType::bfloat16;
+template <>
+inline constexpr DType kDTypeOf<__half> = DType::float16;
+
+inline void require_success(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw Error(ErrorCode::device_error,
+              {std::string("kernel ") + what, cudaGetErrorString(status), "a successful launch",
+               "If an earlier call failed on this device, the error is that call's."});
+}
+
+inline int64_t multiprocessors(const Context& context) {
+  int device = 0;
+  int count = 0;
+  require_success(cudaGetDevice(&device), "device query");
+  require_success(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+                  "device query");
+  return context.sm_budget > 0 ? std::min<int64_t>(context.sm_budget, count) : count;
+}
+
+// `tiles` is an upper bound; a CTA without a tile ends at once.
+template <typename G>
+void launch(const char* name, const typename G::Params& params, int64_t tiles,
+            const Context& context) {
+  if (tiles == 0) return;
+  const auto kernel = grouped_gemm<G>;
+  require_success(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       G::kSharedBytes),
+                  name);
+  const auto grid = static_cast<unsigned>(std::min(tiles, multiprocessors(context)));
+  kernel<<<grid, G::Tile::kThreads, G::kSharedBytes, static_cast<cudaStream_t>(context.stream)>>>(
+      params);
+  require_success(cudaGetLastError(), name);
+}
+
+inline Groups groups_of(const RowGroups& rows) {
+  return {rows.expert_counts.as<int32_t>(), rows.expert_offsets.as<int32_t>(),
+          static_cast<int32_t>(rows.num_experts()), 0};
+}
+
+inline Rows rows_of(const TensorView& view) {
+  return view.present() ? Rows{view.data, view.stride(0)} : Rows{nullptr, 0};
+}
+
+inline Bias bias_of(const GroupedVector& bias) {
+  return {bias.data, bias.expert_stride, bias.stride};
+}
+
+inline ActivationParams activation_of(const ActivationSpec& spec) {
+  return {spec.kind, spec.clamp_alpha, spec.clamp_limit};
+}
+
+// Weights as the B operand: n is the output column, k the reduced axis.
+struct WeightOperand {
+  const char* what;
+  DType dtype;
+  std::array<const void*, 2> data;  // by half
+  int32_t halves;
+  int64_t num_experts;
+  int64_t expert_stride;
+  int64_t n_extent;
+  int64_t n_stride;
+  int64_t k_extent;
+  int64_t k_stride;
+
+  Major major() const {
+    if (k_stride == 1) return Major::k;
+    if (n_stride == 1) return Major::mn;
+    throw Error(ErrorCode::unsupported,
+                {what, "strides " + std::to_string(n_stride) + " and " + std::to_string(k_stride),
+                 "one axis with stride 1",
+                 "Pass weights whose rows or columns are contiguous, or run on the CPU."});
+  }
+
+  CUtensorMap map(int half, int32_t columns) const {
+    const bool k_major = major() == Major::k;
+    // A single expert's stride is never stepped over, but must still be a legal one.
+    const int64_t outer = num_experts == 1 ? 8 : expert_stride;
+    const void* base = data[static_cast<size_t>(half < halves ? half : 0)];
+    if (k_major)
+      return make_tensor_map({what, base, dtype, {k_extent, n_extent, num_experts},
+                              {n_stride, outer}, {kTileK, columns, 1}});
+    return make_tensor_map({what, base, dtype, {n_extent, k_extent, num_experts},
+                            {k_stride, outer}, {64, kTileK, 1}});
+  }
+
+  // `columns` of one half make the tile's rows of B.
+  WeightMaps maps(int32_t columns) const { return {{map(0, columns), map(1, columns)}}; }
+};
+
+// The A operand of a row product: (row, half, k).
+struct RowOperand {
+  const char* what;
+  const void* data;
+  int64_t rows;
+  int64_t row_stride;
+  int64_t halves;
+  int64_t half_stride;
+  int64_t k_extent;  // of one half
+  const int32_t* row_to_token = nullptr;
+};
+
+template <typename TileType>
+RowOperands row_operands(const RowOperand& a, const WeightOperand& b, int32_t columns) {
+  require_vectors(a.what, a.data, {a.row_stride});
+  RowOperands operands = {};
+  operands.weights = b.maps(columns);
+  operands.rows = make_tensor_map({a.what, a.data, b.dtype, {a.k_extent, a.halves, a.rows},
+                                   {a.halves == 1 ? 8 : a.half_stride, a.row_stride},
+                                   {kTileK, 1, TileType::kM}});
+  operands.data = a.data;
+  operands.row_stride = a.row_stride;
+  operands.row_to_token = a.row_to_token;
+  operands.k_extent = static_cast<int32_t>(a.k_extent);
+  operands.k_tiles = static_cast<int32_t>((a.k_extent + kTileK - 1) / kTileK);
+  return operands;
+}
+
+// One product over token rows. `columns` is what a tile covers of one half of the output.
+struct RowProblem {
+  const char* name;
+  RowOperand a;
+  WeightOperand b;
+  Groups groups;
+  int64_t row_capacity;
+};
+
+template <typename G, int kColumns>
+void launch_rows(const RowProblem& problem, const typename G::Epilogue::Params& epilogue,
+                 const Context& context) {
+  if (problem.row_capacity == 0) return;
+  typename G::Params params = {};
+  params.operands = row_operands<typename G::Tile>(problem.a, problem.b, kColumns);
+  const int64_t n_tiles = (problem.b.n_extent + kColumns - 1) / kColumns;
+  params.schedule = {problem.groups, static_cast<int32_t>(n_tiles), kColumns,
+                     static_cast<int32_t>(params.operands.k_tiles * problem.a.halves)};
+  params.epilogue = epilogue;
+  const int64_t m_tiles =
+      row_tiles_bound(problem.row_capacity, problem.groups.num_experts, G::Tile::kM);
+  launch<G>(problem.name, params, m_tiles * n_tiles, context);
+}
+
+// Calls launcher.template run<TileM, Major>() for the tile and weight order of the problem.
+template <typename Launcher>
+void with_row_tile(const RowProblem& problem, const Launcher& launcher) {
+  const Major major = problem.b.major();
+  if (token_tile(problem.row_capacity, problem.groups.num_experts) == 64) {
+    return major == Major::k ? launcher.template run<64, Major::k>()
+                             : launcher.template run<64, Major::mn>();
+  }
+  return major == Major::k ? launcher.template run<128, Major::k>()
+                           : launcher.template run<128, Major::mn>();
+}
+
+template <typename TileType, int kHalvesN, template <typename, int> class Producer,
+          typename Epilogue>
+using RowGemm =
+    Gemm<TileType, RowSchedule<TileType::kM>, Producer<TileType, kHalvesN>, Epilogue>;
+
+}  // namespace penstock::cuda

@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The producer warpgroup of the row products: fills stages with an A tile of token rows and a B
+// tile of weights.
+//
+// ContiguousRows: one thread issues TMA for both. Rows past the expert's end belong to another
+// expert; they only reach accumulators that are never stored. GatheredRows: four warps copy 16
+// bytes a lane through row_to_token (or the identity) while one thread issues the weights' TMA.
+// Both zero-fill k past its end.
+#pragma once
+
+#include "backends/cuda/gemm/load_weights.cuh"
+
+namespace penstock::cuda {
+
+// How a stage's full barrier completes, and whether consumers must fence generic writes.
+enum class Fill : uint8_t { tma, mixed };
+
+struct RowOperands {
+  WeightMaps weights;
+  CUtensorMap rows;  // (k, half, row); ContiguousRows only
+  const void* data;  // GatheredRows only, with what follows
+  int64_t row_stride;
+  const int32_t* row_to_token;
+  int32_t k_extent;  // of one half
+  int32_t k_tiles;   // of one half
+};
+
+template <typename TileType, int kHalvesN>
+struct ContiguousRows {
+  static constexpr Fill kFill = Fill::tma;
+  static constexpr int kArrivals = 1;
+  static constexpr int kRegisters = 40;
+  using Params = RowOperands;
+  using Weights = LoadWeights<TileType, kHalvesN>;
+
+  template <typename Schedule, typename RingType>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+    if (threadIdx.x >= 32) return;
+    typename RingType::State state;
+    Work work;
+    while (schedule.next(work)) {
+      StageK at{0, 0};
+      for (int tile = 0; tile < work.k_tiles; ++tile) {
+        arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
+        if (threadIdx.x == 0) {
+          const uint32_t full = ring.full(state.stage);
+          arch::barrier_arrive_expect(full, TileType::kBytesA + Weights::kBytes);
+          arch::tma_load(ring.a(state.stage), &params.rows, full,
+                         {at.k, at.half, static_cast<int32_t>(work.row_begin)});
+          Weights::issue(params.weights, work, at, ring.b(state.stage), full);
+        }
+        state.advance();
+        at.k += kTileK;
+        if (at.k >= params.k_tiles * kTileK) at = {at.half + 1, 0};
+      }
+    }
+  }
+};
+
+template <typename TileType, int kHalvesN>
+struct GatheredRows {
+  static constexpr Fill kFill = Fill::mixed;
+  static constexpr int kArrivals = 1 + kWarpgroup;
+  static constexpr int kRegisters = 56;
+  static constexpr int kRowsPerThread = TileType::kM / 16;
+  using Params = RowOperands;
+  using Element = typename TileType::Element;
+  using Weights = LoadWeights<TileType, kHalvesN>;
+  static_assert(TileType::kMajorA == Major::k, "token rows are contiguous along k");
+
+  template <typename Schedule, typename RingType>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+    const int thread = threadIdx.x;
+    const int first_row = thread / 8;
+    const int chunk = thread % 8;  // 16 bytes of the row's 128
+    const uint32_t offset = first_row * 128 + ((chunk ^ (first_row & 7)) << 4);
+    typename RingType::State state;
+    Work work;
+    while (schedule.next(work)) {
+      int32_t tokens[kRowsPerThread];  // -1: past the end, zero-filled
+#pragma unroll
+      for (int i = 0; i < kRowsPerThread; ++i) {
+        const int row = first_row + 16 * i;
+        tokens[i] = row < work.rows ? token_of(params, work.row_begin + row) : -1;
+      }
+      for (int tile = 0; tile < work.k_tiles; ++tile) {
+        arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
+        const uint32_t full = ring.full(state.stage);
+        if (thread == 0) {
+          arch::barrier_arrive_expect(full, Weights::kBytes);
+          Weights::issue(params.weights, work, {0, tile * kTileK}, ring.b(state.stage), full);
+        }
+        const int32_t k = tile * kTileK + chunk * 8;
+        const Element* column = static_cast<const Element*>(params.data) + k;
+#pragma unroll
+        for (int i = 0; i < kRowsPerThread; ++i) {
+          const bool valid = tokens[i] >= 0 && k < params.k_extent;
+          const Element* source = valid ? column + tokens[i] * params.row_stride
+                                        : static_cast<const Element*>(params.data);
+          arch::copy_async_16(ring.a(state.stage) + offset + i * 16 * 128, source, valid ? 16 : 0);
+        }
+        arch::copy_async_arrive(full);
+        state.advance();
+      }
+    }
+  }
+
+ private:
+  static __device__ int32_t token_of(const Params& params, int64_t row) {
+    return params.row_to_token == nullptr ? static_cast<int32_t>(row) : params.row_to_token[row];
+  }
+};
+
+}  // namespace penstock::cuda

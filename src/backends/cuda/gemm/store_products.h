@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A row product with the store epilogue, for the launchers that share its kernels.
+#pragma once
+
+#include "backend/ops.h"
+
+namespace penstock::cuda {
+
+struct RowProblem;
+
+struct StoreOutput {
+  TensorView out;
+  GroupedVector bias;
+  const float* scale;  // null: 1
+};
+
+template <typename Element>
+void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context);
+
+}  // namespace penstock::cuda

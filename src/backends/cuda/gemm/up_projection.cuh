@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// H_r = X_{token(r)} W1_e^T + b1_e, A_r = act(H_r): gathered rows, one B tile of gate and up rows.
+#pragma once
+
+#include "backends/cuda/gemm/epilogue_up.cuh"
+#include "backends/cuda/gemm/launch.cuh"
+
+namespace penstock::cuda {
+
+template <typename Element, Gating kGating>
+struct UpProjectionLauncher {
+  const RowProblem& problem;
+  const UpEpilogueParams& epilogue;
+  const Context& context;
+
+  template <int kTileM, Major kMajor>
+  void run() const {
+    constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
+    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor>;
+    using G = RowGemm<TileType, kHalves, GatheredRows, UpEpilogue<TileType, kGating>>;
+    launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
+  }
+};
+
+template <typename Element>
+void up_projection(const UpProjectionArgs& args, const Context& context) {
+  const UpWeights& w = args.weights;
+  const TensorView& out = args.h.present() ? args.h : args.a;
+  const int64_t n = args.h.present() ? out.size(1) / w.halves : out.size(1);
+  const RowProblem problem = {
+      "up_projection",
+      {"x", args.x.data, args.x.size(0), args.x.stride(0), 1, 0, args.x.size(1),
+       args.rows.row_to_token.template as<int32_t>()},
+      {"w1", w.w[0].dtype, {w.w[0].data, w.w[1].data}, w.halves, args.rows.num_experts(),
+       w.w[0].expert_stride, n, w.w[0].row_stride, args.x.size(1), w.w[0].col_stride},
+      groups_of(args.rows),
+      args.rows.row_capacity};
+  const UpEpilogueParams epilogue = {rows_of(args.h),
+                                     rows_of(args.a),
+                                     {bias_of(w.b[0]), bias_of(w.b[1])},
+                                     activation_of(args.activation),
+                                     static_cast<int32_t>(n)};
+  if (args.h.present()) require_vectors("h", args.h.data, {args.h.stride(0)});
+  if (args.a.present()) require_vectors("a", args.a.data, {args.a.stride(0)});
+  if (w.halves == 2) {
+    with_row_tile(problem,
+                  UpProjectionLauncher<Element, Gating::gated>{problem, epilogue, context});
+  } else {
+    with_row_tile(problem,
+                  UpProjectionLauncher<Element, Gating::plain>{problem, epilogue, context});
+  }
+}
+
+}  // namespace penstock::cuda
