@@ -16,16 +16,19 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .ONESHELL:
 .NOTPARALLEL:
+ifndef V
+.SILENT:
+endif
 
 HASH := $(shell cat requirements/*.txt pyproject.toml | sha256sum | cut -c1-16)
 VENV := .venv
 OLD_VENV := .venv-oldest
-BIN := $(CURDIR)/$(VENV)/bin
+BIN := $(VENV)/bin
 WHEEL_SOURCES := $(shell find src include python cmake -type f -not -name '*.pyc') \
                  CMakeLists.txt pyproject.toml README.md LICENSE
 
 # cmake and ninja are those of .venv in every recipe; they use JOBS cores.
-export PATH := $(BIN):$(PATH)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -33,15 +36,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
         wheel clean
 
 help:
-	@echo 'make train        build, install into .venv, train a small MoE language model'
-	@echo '                  (TRAIN_ARGS="--steps 100 ..." is passed on to `penstock train`)'
-	@echo 'make test         build and run every test: test-cpp test-asan test-tsan test-python'
-	@echo '                  test-oldest'
-	@echo 'make lint         formats, includes, sizes;  make format rewrites what can be rewritten'
-	@echo 'make wheel        dist/penstock-*.whl'
-	@echo 'make build-cuda   compile the CUDA backend (needs nvcc)'
-	@echo 'make clean        remove everything that was set up or built here'
-	@echo 'PYTHON=python3.12 chooses the interpreter, JOBS=2 the number of compilers at a time'
+	echo 'make train        build, install into .venv, train a small MoE language model'
+	echo '                  (TRAIN_ARGS="--steps 100 ..." is passed on to `penstock train`)'
+	echo 'make test         build and run every test: test-cpp test-asan test-tsan test-python'
+	echo '                  test-oldest'
+	echo 'make lint         formats, includes, sizes;  make format rewrites what can be rewritten'
+	echo 'make wheel        dist/penstock-*.whl'
+	echo 'make build-cuda   compile the CUDA backend (needs nvcc)'
+	echo 'make clean        remove everything that was set up or built here'
+	echo 'PYTHON=python3.12 chooses the interpreter, JOBS=2 the number of compilers at a time,'
+	echo 'V=1 shows the commands'
 
 # ---- environments ----
 
@@ -55,35 +59,37 @@ $(1)/bin/python -m pip install --quiet --upgrade 'pip>=23'
 endef
 
 $(VENV)/.tools-$(HASH):
+	echo '==> $(VENV): build tools'
 	rm -f $(VENV)/.tools-*
 	$(call make_venv,$(VENV))
 	$(BIN)/python -m pip install --quiet -c requirements/newest.txt -r requirements/build.txt
 	touch $@
 
 dist/.built: $(VENV)/.tools-$(HASH) $(WHEEL_SOURCES)
+	echo '==> dist: building the wheel (a few minutes the first time)'
 	rm -rf dist
 	$(BIN)/python -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist \
 	  -C build-dir=build/wheel
 	touch $@
 
 wheel: dist/.built
-	@ls dist/*.whl
+	ls dist/*.whl
 
 # $(1) the environment, $(2) its constraints, $(3) the extras. Dependencies first, then the wheel by
 # itself, so that a rebuilt wheel of the same version replaces the one before.
 define install_wheel
-wheel=$$(ls $(CURDIR)/dist/*.whl)
-$(1)/bin/python -m pip install --quiet -c $(2) "penstock[$(3)] @ file://$$wheel"
+wheel=$$(ls dist/*.whl)
+$(1)/bin/python -m pip install -c $(2) "$$wheel[$(3)]"
 $(1)/bin/python -m pip install --quiet --force-reinstall --no-deps "$$wheel"
 endef
 
 $(VENV)/.train: dist/.built
-	@echo 'installing Penstock and PyTorch into $(VENV) (the first time, a download of some 3 GB)'
+	echo '==> $(VENV): Penstock and PyTorch (the first time, a download of some 3 GB)'
 	$(call install_wheel,$(VENV),requirements/newest.txt,train)
 	touch $@
 
 $(VENV)/.test: dist/.built
-	@echo 'installing Penstock, PyTorch and the test tools into $(VENV)'
+	echo '==> $(VENV): Penstock, PyTorch and test tools (the first time, a download of some 3 GB)'
 	$(call install_wheel,$(VENV),requirements/newest.txt,$(TEST_EXTRAS))
 	touch $@ $(VENV)/.train
 
@@ -93,7 +99,7 @@ $(OLD_VENV)/.python-$(HASH):
 	touch $@
 
 $(OLD_VENV)/.test: dist/.built $(OLD_VENV)/.python-$(HASH)
-	@echo 'installing the same wheel beside an older PyTorch into $(OLD_VENV)'
+	echo '==> $(OLD_VENV): the same wheel beside an older PyTorch (the first time, some 3 GB more)'
 	$(call install_wheel,$(OLD_VENV),requirements/oldest.txt,$(TEST_EXTRAS))
 	touch $@
 
@@ -107,20 +113,23 @@ test: test-cpp test-asan test-tsan test-python test-oldest
 # ---- C++ tests ----
 
 test-cpp: $(VENV)/.tools-$(HASH)
+	echo '==> test-cpp'
 	scripts/get_googletest.sh
-	cmake --preset cpu
+	cmake --preset cpu --log-level=WARNING
 	cmake --build --preset cpu
 	ctest --preset cpu
 
 test-asan: $(VENV)/.tools-$(HASH)
+	echo '==> test-asan'
 	scripts/get_googletest.sh
-	cmake --preset cpu-asan
+	cmake --preset cpu-asan --log-level=WARNING
 	cmake --build --preset cpu-asan
 	ctest --preset cpu-asan
 
 test-tsan: $(VENV)/.tools-$(HASH)
+	echo '==> test-tsan'
 	scripts/get_googletest.sh
-	cmake --preset cpu-tsan
+	cmake --preset cpu-tsan --log-level=WARNING
 	cmake --build --preset cpu-tsan
 	ctest --preset cpu-tsan
 
@@ -131,9 +140,11 @@ build-cuda: $(VENV)/.tools-$(HASH)
 # ---- Python tests ----
 
 test-python: $(VENV)/.test
+	echo '==> test-python'
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-oldest: $(OLD_VENV)/.test
+	echo '==> test-oldest'
 	$(OLD_VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 # ---- lint ----

@@ -18,6 +18,11 @@ endif()
 add_library(penstock_warnings INTERFACE)
 target_compile_options(penstock_warnings INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Werror>)
+# gcc 12 alone takes `"literal" + std::string` for overlapping copies (its bug 105651).
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU" AND CMAKE_CXX_COMPILER_VERSION VERSION_GREATER_EQUAL 12
+   AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  target_compile_options(penstock_warnings INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-Wno-restrict>)
+endif()
 
 # A sanitized library is linked into sanitized tests only, so the flags may be global.
 if(PENSTOCK_SANITIZE)
@@ -30,9 +35,9 @@ endif()
 
 # Visibility alone still lets the templates of the standard library that the compiler instantiates
 # here (std::vector<...> and so on) out of a shared library, where they could replace those of
-# another library in the same process. The linker script keeps penstock:: only.
+# another library in the same process. A linker script, cmake/<target>.map, keeps what is ours.
 function(penstock_hide_symbols target)
-  set(script ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/exports.map)
+  set(script ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${target}.map)
   target_link_options(${target} PRIVATE -Wl,--version-script=${script})
   set_property(TARGET ${target} APPEND PROPERTY LINK_DEPENDS ${script})
   if(NOT PENSTOCK_SANITIZE)

@@ -40,7 +40,7 @@ struct RouterForwardArgs {
 // do not depend on are exact zeros.
 struct RouterBackwardArgs {
   RouterKind kind = RouterKind::softmax_topk;
-  TensorView logits;   // (T, E)
+  TensorView logits;   // (T, E)  may be absent for softmax_topk, whose scores say all
   TensorView scores;   // (T, K)
   TensorView ids;      // (T, K)  int32
   TensorView dscores;  // (T, K)

@@ -62,7 +62,7 @@ class NumpyArrays:
 
     @staticmethod
     def pass_on(array: np.ndarray | None) -> Any:
-        """The argument that the library gets: bfloat16 as its bits, read-only arrays as they are."""
+        """The argument that the library gets: bfloat16 as bits, read-only as it is."""
         if array is None:
             return None
         if array.dtype.name == "bfloat16":

@@ -41,7 +41,8 @@ class CallContext:
         return CallContext(name, int(threads), id_checks, int(sm_budget))
 
 
-_current: ContextVar[CallContext] = ContextVar("penstock_context", default=CallContext())
+_DEFAULT = CallContext()
+_current: ContextVar[CallContext] = ContextVar("penstock_context", default=_DEFAULT)
 
 
 def current() -> CallContext:
@@ -62,8 +63,8 @@ def backend(
     name: "reference", "fast", "cuda"; "" leaves the choice to the device. A backend chosen by name
     is never replaced by another: a call that it cannot run raises UnsupportedError with its reason.
     threads: CPU threads, 0 for all cores this process may use. Results do not depend on it.
-    id_checks: "trusted" skips every id outside [0, E); "checked" raises ValueError for a negative id
-    other than -1 and for an expert named twice by one token.
+    id_checks: "trusted" skips every id outside [0, E); "checked" raises ValueError for a negative
+    id other than -1 and for an expert named twice by one token.
     sm_budget: GPU multiprocessors, 0 for all.
     What is not given is taken from the enclosing context. Blocks nest; the old context comes back
     at the end, also after an exception.
@@ -79,7 +80,7 @@ def backend(
         changes["threads"] = threads
     if id_checks is not None:
         if id_checks not in ID_CHECKS:
-            raise invalid("id_checks", repr(id_checks), " or ".join(ID_CHECKS), "Check the spelling")
+            raise invalid("id_checks", repr(id_checks), " or ".join(ID_CHECKS), "Check it")
         changes["id_checks"] = id_checks
     if sm_budget is not None:
         if sm_budget < 0:

@@ -185,9 +185,7 @@ def route_backward(
     return dlogits
 
 
-def build_plan(
-    ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext
-) -> Plan:
+def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext) -> Plan:
     """The plan of flat ids (slots); `shape` is (num_tokens, num_experts)."""
     num_tokens, num_experts = shape
     _check_rank("ids", ids, 1, "(slots,)")
@@ -278,9 +276,6 @@ def pass_on(*arrays: Any) -> tuple[Any, ...]:
 def plan_arguments(plan: Plan) -> tuple[Any, int]:
     """The plan as the library takes it; dropped_slots is not wanted, as R_cap covers every slot."""
     return pass_on(*plan[:6], None), plan.top_k
-
-
-
 
 
 def _router_problem(x: Any, weight: Any) -> Problem:

@@ -93,12 +93,8 @@ def experts_backward(
     problem = problem_of(saved.x, saved.weights, saved.plan, saved.config)
     dx, dscores = _data_grads(saved, wanted)
     call = call_tuple(context, saved.x)
-    scratch = workspace(
-        library().backward_workspace_bytes(call, saved.config, problem), saved.x
-    )
-    tensors = pass_on(
-        d_output, saved.x, saved.scores, saved.h, dx, dscores, None, None, scratch
-    )
+    scratch = workspace(library().backward_workspace_bytes(call, saved.config, problem), saved.x)
+    tensors = pass_on(d_output, saved.x, saved.scores, saved.h, dx, dscores, None, None, scratch)
     library().experts_backward(*_arguments(call, saved, tensors, into))
     return Grads(dx, dscores, into.weights)
 
@@ -114,9 +110,7 @@ def experts_backward_data(
     scratch = workspace(
         library().backward_data_workspace_bytes(call, saved.config, problem), saved.x
     )
-    tensors = pass_on(
-        d_output, saved.x, saved.scores, saved.h, dx, dscores, *delayed, scratch
-    )
+    tensors = pass_on(d_output, saved.x, saved.scores, saved.h, dx, dscores, *delayed, scratch)
     library().experts_backward_data(*_arguments(call, saved, tensors, Into(NOTHING)))
     return Grads(dx, dscores, NOTHING), delayed
 
@@ -130,9 +124,7 @@ def experts_backward_weights(
     scratch = workspace(
         library().backward_weights_workspace_bytes(call, saved.config, problem), saved.x
     )
-    tensors = pass_on(
-        d_output, saved.x, saved.scores, None, None, None, *delayed, scratch
-    )
+    tensors = pass_on(d_output, saved.x, saved.scores, None, None, None, *delayed, scratch)
     library().experts_backward_weights(*_arguments(call, saved, tensors, into))
 
 

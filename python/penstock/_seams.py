@@ -19,6 +19,7 @@ from penstock._context import CallContext
 from penstock._engine import Config, Plan, Weights
 from penstock._engine_backward import NOTHING, Into, Saved
 from penstock._torch_ops import rows_of_unit_stride
+from penstock.errors import invalid
 
 
 class DelayedWeightGrads:
@@ -130,9 +131,11 @@ def _destinations(saved: Saved, wanted: Weights, trainable: Any, main_grad: bool
             fresh.append(main)
         else:
             zeroed = accumulate or trainable is not None
-            fresh.append((torch.zeros if zeroed else torch.empty)(
-                weight.shape, dtype=weight.dtype, device=weight.device
-            ))
+            fresh.append(
+                (torch.zeros if zeroed else torch.empty)(
+                    weight.shape, dtype=weight.dtype, device=weight.device
+                )
+            )
     return Into(Weights(*fresh), "accumulate" if accumulate else "overwrite", trainable)
 
 
@@ -140,4 +143,11 @@ def _add_to_grads(weights: Weights, grads: Weights, main_grad: bool) -> None:
     for weight, grad in zip(weights, grads, strict=True):
         if grad is None or _main_grad_of(weight, main_grad) is not None:
             continue
+        if not weight.is_leaf:
+            raise invalid(
+                "delayed weight gradients",
+                "a weight that is computed from others",
+                "parameters (leaves), whose .grad can be written after backward",
+                "Pass the parameter itself, or leave delayed out",
+            )
         weight.grad = grad if weight.grad is None else weight.grad + grad

@@ -12,7 +12,7 @@ tensor of no elements, because an operator cannot return None.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty((0,))
 
 
-def _or_absent(tensor: Optional[Tensor], like: Tensor) -> Tensor:
+def _or_absent(tensor: Tensor | None, like: Tensor) -> Tensor:
     return _absent(like) if tensor is None else tensor
 
 
@@ -47,8 +47,8 @@ def _refuse_second_order(name: str) -> Any:
 def _refuse_vmap(name: str) -> Any:
     def vmap(info: Any, in_dims: Any, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
-            f"torch.func.vmap: got penstock::{name}, expected operations with a batching rule. Fold "
-            "the mapped dimension into the tokens: experts already work on any number of rows"
+            f"torch.func.vmap: got penstock::{name}, expected operations with a batching rule. "
+            "Fold the mapped dimension into the tokens: experts work on any number of rows"
         )
 
     return vmap
@@ -117,30 +117,31 @@ def _(logits: Tensor, top_k: int, router: str, context: str) -> tuple[Tensor, Te
 @torch.library.custom_op("penstock::route_backward", mutates_args=())
 def route_backward(
     dscores: Tensor,
-    logits: Optional[Tensor],
+    logits: Tensor | None,
     scores: Tensor,
     ids: Tensor,
-    settings: list[int],
-    packed: list[str],
+    num_experts: int,
+    router: str,
+    context: str,
 ) -> Tensor:
-    """The logits' gradient; settings is [num_experts], packed is [router, context]."""
-    router, context = packed
+    """The logits' gradient (T, E)."""
     saved = (logits, scores, ids)
     return _engine.route_backward(
-        dscores.contiguous(), saved, settings[0], router, CallContext.unpack(context)
+        dscores.contiguous(), saved, num_experts, router, CallContext.unpack(context)
     )
 
 
 @route_backward.register_fake
 def _(
     dscores: Tensor,
-    logits: Optional[Tensor],
+    logits: Tensor | None,
     scores: Tensor,
     ids: Tensor,
-    settings: list[int],
-    packed: list[str],
+    num_experts: int,
+    router: str,
+    context: str,
 ) -> Tensor:
-    return scores.new_empty((scores.shape[0], settings[0]))
+    return scores.new_empty((scores.shape[0], num_experts))
 
 
 def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -153,9 +154,7 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _route_grad(ctx: Any, dscores: Tensor, dids: Any) -> tuple[Any, ...]:
     logits, scores, ids = ctx.saved_tensors
-    dlogits = route_backward(
-        dscores, logits, scores, ids, [ctx.num_experts], [ctx.router, ctx.context]
-    )
+    dlogits = route_backward(dscores, logits, scores, ids, ctx.num_experts, ctx.router, ctx.context)
     return dlogits, None, None, None
 
 
@@ -164,7 +163,7 @@ route.register_autograd(_route_grad, setup_context=_route_setup)
 
 @torch.library.custom_op("penstock::plan", mutates_args=())
 def plan(
-    ids: Tensor, token_offsets: Optional[Tensor], num_tokens: int, num_experts: int, context: str
+    ids: Tensor, token_offsets: Tensor | None, num_tokens: int, num_experts: int, context: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """expert_counts, expert_offsets, row_to_token, row_to_slot, slot_to_row of flat ids (slots)."""
     built = _engine.build_plan(
@@ -175,7 +174,7 @@ def plan(
 
 @plan.register_fake
 def _(
-    ids: Tensor, token_offsets: Optional[Tensor], num_tokens: int, num_experts: int, context: str
+    ids: Tensor, token_offsets: Tensor | None, num_tokens: int, num_experts: int, context: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     slots = ids.shape[0]
     sizes = (num_experts, num_experts + 1, slots, slots, slots)
@@ -186,20 +185,20 @@ def _(
 @torch.library.custom_op("penstock::experts", mutates_args=())
 def experts(
     x: Tensor,
-    scores: Optional[Tensor],
+    scores: Tensor | None,
     w1: Tensor,
-    w1_up: Optional[Tensor],
+    w1_up: Tensor | None,
     w2: Tensor,
-    b1: Optional[Tensor],
-    b1_up: Optional[Tensor],
-    b2: Optional[Tensor],
-    trainable: Optional[Tensor],
+    b1: Tensor | None,
+    b1_up: Tensor | None,
+    b2: Tensor | None,
+    trainable: Tensor | None,
     expert_counts: Tensor,
     expert_offsets: Tensor,
-    row_to_token: Optional[Tensor],
-    row_to_slot: Optional[Tensor],
-    slot_to_row: Optional[Tensor],
-    token_offsets: Optional[Tensor],
+    row_to_token: Tensor | None,
+    row_to_slot: Tensor | None,
+    slot_to_row: Tensor | None,
+    token_offsets: Tensor | None,
     top_k: int,
     config: str,
     context: str,
@@ -234,37 +233,35 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 def experts_backward(
     d_output: Tensor,
     x: Tensor,
-    scores: Optional[Tensor],
+    scores: Tensor | None,
     w1: Tensor,
-    w1_up: Optional[Tensor],
+    w1_up: Tensor | None,
     w2: Tensor,
-    b1: Optional[Tensor],
-    b1_up: Optional[Tensor],
-    b2: Optional[Tensor],
-    trainable: Optional[Tensor],
+    b1: Tensor | None,
+    b1_up: Tensor | None,
+    b2: Tensor | None,
+    trainable: Tensor | None,
     expert_counts: Tensor,
     expert_offsets: Tensor,
-    row_to_token: Optional[Tensor],
-    row_to_slot: Optional[Tensor],
-    slot_to_row: Optional[Tensor],
-    token_offsets: Optional[Tensor],
-    h: Optional[Tensor],
+    row_to_token: Tensor | None,
+    row_to_slot: Tensor | None,
+    slot_to_row: Tensor | None,
+    token_offsets: Tensor | None,
+    h: Tensor | None,
     wanted: list[bool],
-    settings: list[int],
-    packed: list[str],
+    top_k: int,
+    config: str,
+    context: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first eight inputs of `experts`; no elements where not wanted.
-
-    settings is [top_k], packed is [config, context].
-    """
+    """Gradients of the first eight inputs of `experts`; no elements where not wanted."""
     routing = (row_to_token, row_to_slot, slot_to_row, token_offsets)
     saved = Saved(
         x,
         scores,
         Weights(w1, w1_up, w2, b1, b1_up, b2),
-        Plan(expert_counts, expert_offsets, *routing, settings[0]),
+        Plan(expert_counts, expert_offsets, *routing, top_k),
         h,
-        Config.unpack(packed[0]),
+        Config.unpack(config),
     )
     grads = _engine_backward.new_weight_grads(saved, Weights(*wanted[2:]), trainable)
     dx, dscores, dweights = _engine_backward.experts_backward(
@@ -272,7 +269,7 @@ def experts_backward(
         saved,
         (wanted[0], wanted[1]),
         Into(grads, "overwrite", trainable),
-        CallContext.unpack(packed[1]),
+        CallContext.unpack(context),
     )
     return tuple(_or_absent(grad, x) for grad in (dx, dscores, *dweights))
 
@@ -293,18 +290,18 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _experts_grad(ctx: Any, d_output: Optional[Tensor], dh: Optional[Tensor]) -> tuple[Any, ...]:
+def _experts_grad(ctx: Any, d_output: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
     rest = (None,) * 10
     if d_output is None:
         return (*((None,) * 8), *rest)
     if Config.unpack(ctx.config).save == "nothing":
         raise RuntimeError(
-            'save: got "nothing" and a backward pass, expected "preactivation" or "input". Pass one '
-            "of these to keep what backward needs"
+            'save: got "nothing" and a backward pass, expected "preactivation" or "input". '
+            "Pass one of these to keep what backward needs"
         )
     wanted = list(ctx.needs_input_grad[: 2 + _WEIGHTS])
     grads = experts_backward(
-        d_output, *ctx.saved_tensors, wanted, [ctx.top_k], [ctx.config, ctx.context]
+        d_output, *ctx.saved_tensors, wanted, ctx.top_k, ctx.config, ctx.context
     )
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *rest)
 

@@ -24,6 +24,7 @@ from penstock.errors import invalid
 from penstock.routing import Routing, router_name
 
 __all__ = [
+    "Config",
     "Grads",
     "Plan",
     "Routing",
@@ -54,7 +55,7 @@ def router_logits(x: Any, router_weight: Any) -> Any:
 
 
 def router_logits_backward(dlogits: Any, x: Any, router_weight: Any) -> tuple[Any, Any]:
-    """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy arrays or by hand."""
+    """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy or by hand."""
     return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), current())
 
 
@@ -66,7 +67,7 @@ def route(
     logits (T, E) fp32 or float64. router: "softmax_topk" (softmax over the chosen logits, Mixtral),
     "topk_softmax" (softmax over all E, then choose; Switch Transformer, arXiv 2101.03961), the
     latter with renormalize=True divided by the sum of the chosen. Experts come by falling logit,
-    ties by the lower id; a NaN logit ranks below every number, so ids are always distinct and valid.
+    ties by the lower id; a NaN logit ranks below every number, so ids are distinct and valid.
     torch: the scores are differentiable in the logits.
     """
     name = router_name(router, renormalize)
@@ -93,7 +94,7 @@ def route_backward(
     return _engine.route_backward(dscores, saved, logits.shape[1], name, current())
 
 
-def plan(routing: Routing, num_experts: int) -> Plan:
+def make_plan(routing: Routing, num_experts: int) -> Plan:
     """The routing's plan: int32 arrays that sort its slots by expert, inside an expert by slot.
 
     Inside `penstock.backend(id_checks="checked")` a negative id other than -1, or an expert twice
@@ -107,7 +108,10 @@ def plan(routing: Routing, num_experts: int) -> Plan:
     return Plan(*arrays, routing.token_offsets, top_k)
 
 
-def moe_experts(  # noqa: PLR0913  the names are the public surface
+plan = make_plan  # the public name, which the argument of moe_experts hides there
+
+
+def moe_experts(
     x: Any,
     w1: Any,
     w2: Any,
@@ -122,6 +126,7 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
     save: str = "preactivation",
     clamp_alpha: float = 1.702,
     clamp_limit: float = 7.0,
+    plan: Plan | None = None,
     trainable: Any = None,
     main_grad: bool = False,
     delayed: Any = None,
@@ -139,10 +144,11 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
     silu, gelu, gelu_tanh, relu, relu_squared. gate_layout: where w1's rows hold gate and up:
     "concatenated" (gate first) or "interleaved" (gate even, up odd); not used with a pair.
     save: what is kept for backward besides x, scores, ids and plan: "preactivation" keeps H,
-    "input" computes it again, "nothing" is inference (chosen by itself where no gradient is wanted).
+    "input" computes it again, "nothing" is inference (taken where no gradient is wanted).
 
     torch: differentiable once in x, scores, weights and biases (SonicMoE, arXiv 2512.14080, for
     the gradient of the scores without Y).
+    plan: functional.plan of the same routing, where the caller has it already.
     trainable: (E) uint8 or bool; experts with 0 are frozen: no gradient work, zero gradients.
     main_grad: weights with an attribute `main_grad` (their dtype or fp32) have their gradients
     added there, and autograd gets none for them. delayed: a DelayedWeightGrads, which takes the
@@ -156,12 +162,13 @@ def moe_experts(  # noqa: PLR0913  the names are the public surface
             _refuse_for_numpy(name, value)
         return moe_experts_forward(x, weights, routing, config._replace(save="nothing"))[0]
     _engine.check_operands(x, weights)
-    the_plan = plan(routing, w2.shape[0])
+    if plan is None:
+        plan = make_plan(routing, w2.shape[0])
     operands = (_packed_rows(x), _unit_stride(routing.scores), weights)
-    return _experts(operands, the_plan, config, (trainable, main_grad, delayed))
+    return _experts(operands, plan, config, (trainable, main_grad, delayed))
 
 
-def experts_on_rows(  # noqa: PLR0913  the names are the public surface
+def experts_on_rows(
     rows: Any,
     w1: Any,
     w2: Any,
@@ -213,7 +220,7 @@ def moe_experts_forward(
     """
     config = Config() if config is None else config
     _engine.check_operands(x, weights)
-    the_plan = plan(routing, weights.w1.shape[0])
+    the_plan = make_plan(routing, weights.w1.shape[0])
     output, h = _engine.experts_forward(x, routing.scores, weights, the_plan, config, current())
     return output, Saved(x, routing.scores, weights, the_plan, h, config, routing.ids)
 
@@ -294,9 +301,7 @@ def _experts(
     elif main_grad or delayed is not None:
         from penstock._seams import Seams, experts_with_seams
 
-        return experts_with_seams(
-            operands, the_plan, config, Seams(main_grad, delayed, trainable)
-        )
+        return experts_with_seams(operands, the_plan, config, Seams(main_grad, delayed, trainable))
     output, _ = _ops().experts(
         x, scores, *weights, trainable, *the_plan, config.pack(), _context_key()
     )
@@ -327,3 +332,12 @@ def _refuse_for_numpy(name: str, value: Any) -> None:
         raise invalid(
             name, "it with NumPy arrays", "torch tensors", "Use moe_experts_backward, or torch"
         )
+
+
+def __getattr__(name: str) -> Any:
+    """DelayedWeightGrads, which needs torch, at its first use."""
+    if name == "DelayedWeightGrads":
+        from penstock._seams import DelayedWeightGrads
+
+        return DelayedWeightGrads
+    raise AttributeError(f"module 'penstock.functional' has no attribute {name!r}")

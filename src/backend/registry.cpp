@@ -11,16 +11,33 @@
 #include <utility>
 #include <vector>
 
+#include "backends/cpu/fast/fast_backend.h"
 #include "backends/cpu/reference/reference_backend.h"
 #include "penstock/error.h"
 
 namespace penstock {
 namespace {
 
+// Stands for the CUDA backend in a build without it, so that asking for it tells the reason.
+const Backend& absent_cuda_backend() {
+  static const Backend backend = [] {
+    Backend table{};
+    table.name = "cuda";
+    table.device = DeviceType::cuda;
+    table.description = [] { return std::string("NVIDIA GPUs"); };
+    table.why_unavailable = [] {
+      return std::string("this build has no CUDA backend (CMake option PENSTOCK_BUILD_CUDA)");
+    };
+    return table;
+  }();
+  return backend;
+}
+
 // Every backend, in the order in which those of one device are tried.
 const std::vector<const Backend*>& known_backends() {
   static const std::vector<const Backend*> backends = [] {
-    std::vector<const Backend*> list = {&cpu::reference_backend()};
+    std::vector<const Backend*> list = {&cpu::fast_backend(), &cpu::reference_backend(),
+                                        &absent_cuda_backend()};
     std::stable_sort(list.begin(), list.end(), [](const Backend* a, const Backend* b) {
       return std::pair(a->device, -a->priority) < std::pair(b->device, -b->priority);
     });
@@ -75,10 +92,10 @@ class Request {
   }
 
   std::string why_not(const Backend& backend) const {
+    if (std::string reason = backend.why_unavailable(); !reason.empty()) return reason;
     if (backend.device != device_.type)
       return "it runs on " + std::string(backend.device == DeviceType::cpu ? "cpu" : "cuda") +
              ", the tensors are on " + name_of(device_);
-    if (std::string reason = backend.why_unavailable(); !reason.empty()) return reason;
     if (problem_ == nullptr) {
       std::string missing = missing_of(router_operations(backend));
       return missing.empty() ? backend.why_not_dtype(dtype_) : missing;

@@ -18,14 +18,19 @@ std::string text(const ffi::String& value) { return {value.data(), value.size()}
               {std::move(what), std::move(got), std::move(expected), std::move(remedy)});
 }
 
+// Built by append: g++ 12 warns falsely about "literal" + string where it inlines it.
+std::string in_quotes(std::string_view name) {
+  return std::string(1, '\'').append(name).append(1, '\'');
+}
+
 template <typename Enum, size_t N>
 Enum by_name(std::string_view what, std::string_view name, const std::array<Enum, N>& values) {
   std::string expected = "one of";
   for (Enum value : values) {
     if (name_of(value) == name) return value;
-    expected += " " + std::string(name_of(value));
+    expected.append(" ").append(name_of(value));
   }
-  refuse(std::string(what), "'" + std::string(name) + "'", expected, "Check the spelling");
+  refuse(std::string(what), in_quotes(name), expected, "Check the spelling");
 }
 
 DType storage_of(const DLDataType& dtype, std::string_view name, DType uint16_as) {
@@ -143,7 +148,7 @@ Scope::Scope(const CallContext& call) : backend_(text(call.get<0>())) {
   if (checks == "checked") {
     context_.id_checks = IdChecks::checked;
   } else if (checks != "trusted") {
-    refuse("id_checks", "'" + checks + "'", "trusted or checked", "Check the spelling");
+    refuse("id_checks", in_quotes(checks), "trusted or checked", "Check the spelling");
   }
   const ffi::String uint16_as = call.get<5>();
   if (uint16_as.size() > 0) uint16_as_ = dtype_of(uint16_as);
@@ -173,7 +178,7 @@ ExpertsProblem problem_of(const Config& config, const Problem& problem) {
   result.device = device_of(problem.get<7>(), problem.get<8>());
   const std::string rows = text(problem.get<9>());
   if (rows != "routed" && rows != "dispatched") {
-    refuse("rows", "'" + rows + "'", "routed or dispatched", "Check the spelling");
+    refuse("rows", in_quotes(rows), "routed or dispatched", "Check the spelling");
   }
   result.rows = rows == "routed" ? RowSource::routed : RowSource::dispatched;
   return result;
@@ -210,7 +215,7 @@ DType dtype_of(const ffi::String& name) { return by_name("dtype", text(name), kD
 Device device_of(const ffi::String& type, int64_t index) {
   const std::string name = text(type);
   if (name != "cpu" && name != "cuda") {
-    refuse("device", "'" + name + "'", "cpu or cuda", "Move the tensors there");
+    refuse("device", in_quotes(name), "cpu or cuda", "Move the tensors there");
   }
   return {name == "cpu" ? DeviceType::cpu : DeviceType::cuda, static_cast<int32_t>(index)};
 }

@@ -122,7 +122,11 @@ void router_forward(const RouterForwardArgs& args, const Context& context) {
   if (sizes.num_tokens > 0) backend.router_forward(args, context);
 }
 
-void router_backward(const RouterBackwardArgs& args, const Context& context) {
+void router_backward(const RouterBackwardArgs& given, const Context& context) {
+  RouterBackwardArgs args = given;
+  // The gradient of a softmax over the chosen reads no logit: dlogits stands in for their shape.
+  const bool shape_only = !given.logits.present() && given.kind == RouterKind::softmax_topk;
+  if (shape_only) args.logits = given.dlogits;
   const TopKSizes sizes = check_top_k(args.logits, args.scores, args.ids);
   const DeviceRule device{args.logits.device, "logits"};
   const DTypeRule dtype{args.logits.dtype, "logits"};
@@ -131,7 +135,7 @@ void router_backward(const RouterBackwardArgs& args, const Context& context) {
                {"dlogits", "(T, E)", {sizes.num_tokens, sizes.num_experts}, dtype, device});
   const Backend& backend = select_backend(args.logits.device, args.logits.dtype, context);
   AliasCheck aliases;
-  aliases.input(args.logits, "logits");
+  if (!shape_only) aliases.input(args.logits, "logits");
   aliases.input(args.scores, "scores");
   aliases.input(args.ids, "ids");
   aliases.input(args.dscores, "dscores");

@@ -64,7 +64,9 @@ def header():
         for name, entry in load("shapes")["shapes"].items()
     )
     hostile = load("hostile")["cases"]
-    titles = ",\n    ".join(f"{{{case['number']}, {json.dumps(case['title'])}}}" for case in hostile)
+    titles = ",\n    ".join(
+        f"{{{case['number']}, {json.dumps(case['title'])}}}" for case in hostile
+    )
     parameters = "\n\n".join(
         f"namespace case_{case['number']} {{\n"
         + "\n".join(constant(case["number"], *item) for item in case["parameters"].items())

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check_includes
 import pytest
+
+import check_includes
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import check_sizes
 import pytest
+
+import check_sizes
 from cpp_functions import functions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +104,7 @@ BAD = {
 GOOD = {
     "src/a.cpp": f"void f(int a, int b, int c, int d, int e, int f) {{\n{body(80)}}}\n",
     "src/backends/cuda/a.cu": f"__global__ void f() {{\n{body(150)}}}\n",
+    "python/op.py": '@torch.library.custom_op("n::f")\ndef f(a, b, c, d, e, f, g): ...\n',
     "python/a.py": "class A:\n    def f(self, a, b, c, d, e, f, *, g=1): ...\n",
 }
 

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Penstock itself, through its torch functions: router logits, route, experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.bench.peers.peer import Peer
+from penstock.bench.problem import Problem, Tensors
+
+
+def why_not(problem: Problem) -> str:
+    """Why the engine cannot run the problem; empty if it can."""
+    from penstock.bench.problem import make_tensors
+
+    tiny = problem._replace(shape=problem.shape.scaled_down()._replace(num_tokens=2))
+    try:
+        forward(tiny, make_tensors(tiny))
+    except RuntimeError as error:  # UnsupportedError among them, with every backend's reason
+        return str(error).splitlines()[0]
+    return ""
+
+
+def forward(problem: Problem, tensors: Tensors) -> Any:
+    """The layer's output."""
+    from penstock import backend, functional
+
+    with backend(problem.backend, threads=problem.threads):
+        logits = functional.router_logits(tensors.x, tensors.router_weight)
+        routing = functional.route(logits, problem.shape.top_k)
+        return functional.moe_experts(tensors.x, tensors.w1, tensors.w2, routing, save=problem.save)
+
+
+PEER = Peer("penstock", why_not, forward)
