@@ -20,5 +20,7 @@ template <typename Element>
 void weight_gradient(const WeightGradientArgs& args, const Context& context);
 template <typename Element>
 void router_logits(const RouterLogitsArgs& args, const Context& context);
+template <typename Element>
+void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context& context);
 
 }  // namespace penstock::cuda

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// penstock_cuda_check: every CUDA product against float64 on hostile shapes, then timings.
+// Usage: penstock_cuda_check [quick | check | time | all]. Exit status 1 if a check failed.
+#include <cstdio>
+#include <cstring>
+
+#include "backends/cuda/check/checks.h"
+
+namespace penstock::cuda::check {
+namespace {
+
+struct NamedShape {
+  const char* name;
+  LayerShape shape;
+};
+
+const NamedShape kShapes[] = {
+    {"tiny", {5, 8, 8, 3, 2}},
+    {"odd", {67, 72, 40, 4, 3}},
+    {"tail", {257, 136, 200, 7, 2}},
+    {"empty", {300, 264, 136, 9, 1, Load::skewed}},
+    {"one expert", {333, 256, 320, 9, 2, Load::one_expert}},
+    {"many experts", {400, 128, 96, 70, 4}},
+    {"medium", {1500, 512, 256, 8, 4, Load::uniform, 0}},
+};
+
+CheckCase make_case(const NamedShape& shape, DType dtype, const Variant& variant) {
+  static const char* const kLayouts[] = {"concatenated", "interleaved", "separate", "input_major"};
+  std::string name = std::string(shape.name) + " " + std::string(name_of(dtype)) + " act" +
+                     std::to_string(static_cast<int>(variant.activation)) + " " +
+                     kLayouts[static_cast<int>(variant.layout)] + (variant.bias ? " bias" : "") +
+                     (variant.mode == GradMode::accumulate ? " accumulate" : "") +
+                     (variant.fp32_gradients ? " fp32-grads" : "") +
+                     (variant.values == Values::integers ? " integers" : "");
+  return {name, dtype, shape.shape, variant};
+}
+
+void check_everything(Report& report) {
+  int turn = 0;
+  for (const NamedShape& shape : kShapes) {
+    for (const DType dtype : {DType::bfloat16, DType::float16}) {
+      for (const Layout layout : {Layout::concatenated, Layout::interleaved, Layout::separate,
+                                  Layout::input_major}) {
+        // Every combination of bias, mode, gradient type and activation comes by turns.
+        Variant variant;
+        variant.layout = layout;
+        variant.activation = static_cast<Activation>(turn % 9);
+        variant.bias = turn % 2 == 0;
+        variant.mode = turn % 3 == 0 ? GradMode::accumulate : GradMode::overwrite;
+        variant.fp32_gradients = turn % 4 < 2;
+        check_layer(report, make_case(shape, dtype, variant));
+        ++turn;
+        variant.activation = Activation::swiglu;
+        variant.mode = GradMode::overwrite;
+        check_layer(report, make_case(shape, dtype, variant));
+      }
+      Variant exact;
+      exact.values = Values::integers;
+      exact.activation = Activation::relu;
+      check_layer(report, make_case(shape, dtype, exact));
+    }
+  }
+  for (const DType dtype : {DType::bfloat16, DType::float16}) {
+    check_router(report, dtype, 1000, 264, 61);
+    check_router(report, dtype, 3000, 512, 128);
+    check_router(report, dtype, 3, 64, 7);
+  }
+}
+
+// The first sign of life: one product after the other on one shape, with what fails named.
+void check_quickly(Report& report) {
+  check_layer(report, make_case(kShapes[6], DType::bfloat16, {}));
+  Variant exact;
+  exact.values = Values::integers;
+  exact.activation = Activation::relu;
+  check_layer(report, make_case(kShapes[6], DType::bfloat16, exact));
+}
+
+void time_everything() {
+  time_products("7B-n256", {24576, 1536, 256, 128, 8, Load::uniform, 0});
+  time_products("olmoe", {32768, 2048, 1024, 64, 8, Load::uniform, 0});
+  time_products("small-T", {1024, 2048, 1024, 64, 8, Load::uniform, 0});
+}
+
+int run(const char* what) {
+  Report report;
+  const bool all = std::strcmp(what, "all") == 0;
+  if (all || std::strcmp(what, "quick") == 0) check_quickly(report);
+  if (all || std::strcmp(what, "check") == 0) check_everything(report);
+  if (all || std::strcmp(what, "time") == 0) time_everything();
+  report.summarise();
+  return report.clean() ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace penstock::cuda::check
+
+int main(int argc, char** argv) {
+  try {
+    return penstock::cuda::check::run(argc > 1 ? argv[1] : "all");
+  } catch (const std::exception& error) {
+    std::printf("stopped: %s\n", error.what());
+    return 2;
+  }
+}

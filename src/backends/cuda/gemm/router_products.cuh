@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The router's products as instances of the grouped GEMM: logits = X Wr^T (one group, fp32 out),
+// dX = dlogits Wr and dWr = dlogits^T X. See router_scratch.h for how fp32 dlogits become operands.
+//
+// The scale of the split is a power of two that brings the largest |dlogits| to about 2^14 for fp16
+// (whose range would otherwise lose small gradients) and is 1 for bf16; products undo it exactly.
+#pragma once
+
+#include "backends/cuda/gemm/epilogue_store.cuh"
+#include "backends/cuda/gemm/launch.cuh"
+#include "backends/cuda/gemm/router_scratch.h"
+#include "backends/cuda/gemm/store_products.h"
+
+namespace penstock::cuda {
+
+template <typename Element>
+struct LogitsLauncher {
+  const RowProblem& problem;
+  const TensorView& logits;
+  const Context& context;
+
+  template <int kTileM, Major kMajor>
+  void run() const {
+    const bool vectors = logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 &&
+                         reinterpret_cast<uintptr_t>(logits.data) % 16 == 0;
+    if (vectors) {
+      start<Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor>, RowAlignment::vector>();
+    } else {
+      start<Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor>, RowAlignment::element>();
+    }
+  }
+
+  template <typename TileType, RowAlignment kAlignment>
+  void start() const {
+    using G = RowGemm<TileType, 1, GatheredRows, StoreEpilogue<TileType, float, kAlignment>>;
+    launch_rows<G, kLogitsTileN>(
+        problem, {rows_of(logits), {}, nullptr, static_cast<int32_t>(problem.b.n_extent)}, context);
+  }
+};
+
+template <typename Element>
+void router_logits(const RouterLogitsArgs& args, const Context& context) {
+  const int64_t tokens = args.x.size(0);
+  const int64_t d = args.x.size(1);
+  const TensorView& w = args.router_weight;
+  const RowProblem problem = {
+      "router_logits",
+      {"x", args.x.data, tokens, args.x.stride(0), 1, 0, d},
+      {"router_weight", w.dtype, {w.data, nullptr}, 1, 1, 0, w.size(0), w.stride(0), d, w.stride(1)},
+      {nullptr, nullptr, 1, static_cast<int32_t>(tokens)},
+      tokens};
+  const LogitsLauncher<Element> launcher{problem, args.logits, context};
+  if (token_tile(tokens, 1) == 64) {
+    launcher.template run<64, Major::k>();
+  } else {
+    launcher.template run<128, Major::k>();
+  }
+}
+
+// Largest |dlogits| as the bits of a positive float, whose order is that of integers. NaN counts as
+// the largest and only ever meets NaN results.
+static __global__ void largest_bits(const float* dlogits, int64_t count, int32_t* largest) {
+  int32_t best = 0;
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    best = max(best, __float_as_int(dlogits[i]) & 0x7fffffff);
+  }
+  best = __reduce_max_sync(~0u, best);
+  if (threadIdx.x % 32 == 0) atomicMax(largest, best);
+}
+
+struct SplitParams {
+  const float* dlogits;
+  int64_t tokens;
+  int64_t experts;
+  int64_t padded_experts;
+  void* terms;
+  float* scale;  // in: largest bits; out: factor and inverse, written by split_scale
+  int32_t* rows;
+  int32_t* counts;
+  int32_t* offsets;
+  int32_t slices;
+};
+
+// One block: the scale, and the slices of the stacked rows as groups.
+template <typename Element>
+__global__ void split_scale(SplitParams params) {
+  if (threadIdx.x == 0) {
+    int exponent = 0;
+    if constexpr (kDTypeOf<Element> == DType::float16) {
+      const int biased = __float_as_int(params.scale[0]) >> 23;
+      exponent = biased == 0 || biased == 255 ? 0 : min(120, 14 - (biased - 127));
+    }
+    params.scale[0] = ldexpf(1.0f, exponent);
+    params.scale[1] = ldexpf(1.0f, -exponent);
+  }
+  const int64_t stacked = 2 * params.tokens;
+  for (int32_t slice = threadIdx.x; slice < params.slices; slice += blockDim.x) {
+    const int64_t first = stacked * slice / params.slices;
+    params.offsets[slice] = static_cast<int32_t>(first);
+    params.counts[slice] =
+        static_cast<int32_t>(stacked * (slice + 1) / params.slices - first);
+  }
+}
+
+template <typename Element>
+__global__ void split_dlogits(SplitParams params) {
+  const int64_t count = params.tokens * params.padded_experts;
+  const float scale = params.scale[0];
+  Element* high = static_cast<Element*>(params.terms);
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t token = i / params.padded_experts;
+    const int64_t expert = i - token * params.padded_experts;
+    const float value =
+        expert < params.experts ? params.dlogits[token * params.experts + expert] * scale : 0.0f;
+    const Element first = static_cast<Element>(value);
+    high[i] = first;
+    high[count + i] = static_cast<Element>(value - static_cast<float>(first));
+    if (expert == 0) {
+      params.rows[token] = static_cast<int32_t>(token);
+      params.rows[params.tokens + token] = static_cast<int32_t>(token);
+    }
+  }
+}
+
+struct SlicesParams {
+  const float* partials;
+  int32_t slices;
+  int64_t slice_stride;
+  int64_t count;
+  const float* inverse;
+};
+
+// dWr = inverse scale times the slices' sum, in slice order.
+template <typename Out>
+__global__ void sum_slices(SlicesParams params, Out* out) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < params.count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    float sum = 0.0f;
+    for (int32_t slice = 0; slice < params.slices; ++slice) {
+      sum += params.partials[slice * params.slice_stride + i];
+    }
+    out[i] = static_cast<Out>(sum * *params.inverse);
+  }
+}
+
+inline unsigned blocks_for(int64_t count, int threads) {
+  return static_cast<unsigned>(std::clamp<int64_t>((count + threads - 1) / threads, 1, 1056));
+}
+
+template <typename Element>
+void split(const SplitParams& params, const Context& context) {
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  constexpr int kThreads = 256;
+  require_success(cudaMemsetAsync(params.scale, 0, 8, stream), "router_logits_backward");
+  if (params.tokens == 0) {
+    split_scale<Element><<<1, 32, 0, stream>>>(params);
+    return;
+  }
+  const int64_t count = params.tokens * params.experts;
+  largest_bits<<<blocks_for(count, kThreads), kThreads, 0, stream>>>(
+      params.dlogits, count, reinterpret_cast<int32_t*>(params.scale));
+  split_scale<Element><<<1, 32, 0, stream>>>(params);
+  split_dlogits<Element>
+      <<<blocks_for(params.tokens * params.padded_experts, kThreads), kThreads, 0, stream>>>(params);
+  require_success(cudaGetLastError(), "router_logits_backward");
+}
+
+template <typename Element>
+void router_input_gradient(const RouterLogitsBackwardArgs& args, const SplitParams& terms,
+                           const Context& context) {
+  const TensorView& w = args.router_weight;
+  const int64_t padded = terms.padded_experts;
+  // Both terms meet the same weights, whose rows past E arrive as zeros.
+  const RowProblem problem = {
+      "router_logits_backward",
+      {"dlogits", terms.terms, terms.tokens, padded, 2, terms.tokens * padded, padded},
+      {"router_weight", w.dtype, {w.data, w.data}, 2, 1, 0, w.size(1), 1, w.size(0), w.stride(0)},
+      {nullptr, nullptr, 1, static_cast<int32_t>(terms.tokens)},
+      terms.tokens};
+  store_rows<Element>(problem, {args.dx, {}, terms.scale + 1}, context);
+}
+
+template <typename Element>
+void router_weight_gradient(const RouterLogitsBackwardArgs& args, const SplitParams& terms,
+                            float* partials, const Context& context) {
+  const Device device = args.x.device;
+  const int64_t d = args.x.size(1);
+  WeightGradientArgs products = {};
+  const auto ints = [&](int32_t* data, int64_t count) {
+    return TensorView::contiguous(data, DType::int32, {count}, device);
+  };
+  products.rows.expert_counts = ints(terms.counts, terms.slices);
+  products.rows.expert_offsets = ints(terms.offsets, terms.slices);
+  products.rows.row_to_token = ints(terms.rows, 2 * terms.tokens);
+  products.rows.row_capacity = 2 * terms.tokens;
+  products.left = TensorView::contiguous(terms.terms, args.x.dtype,
+                                         {2 * terms.tokens, terms.padded_experts}, device);
+  products.left_access = RowAccess::direct;
+  products.right = args.x;
+  products.right_access = RowAccess::gathered;
+  products.out[0] = {partials, DType::float32, terms.padded_experts * d, d, 1};
+  products.mode = GradMode::overwrite;
+  weight_gradient<Element>(products, context);
+  const SlicesParams slices = {partials, terms.slices, terms.padded_experts * d, terms.experts * d,
+                               terms.scale + 1};
+  const unsigned blocks = blocks_for(slices.count, 256);
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  if (args.drouter_weight.dtype == DType::float32) {
+    sum_slices<<<blocks, 256, 0, stream>>>(slices, args.drouter_weight.template as<float>());
+  } else {
+    sum_slices<<<blocks, 256, 0, stream>>>(slices, args.drouter_weight.template as<Element>());
+  }
+  require_success(cudaGetLastError(), "router_logits_backward");
+}
+
+template <typename Element>
+void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context& context) {
+  const RouterProblem problem = {args.x.size(0), args.x.size(1), args.dlogits.size(1), args.x.dtype,
+                                 args.x.device};
+  const RouterScratch layout = router_scratch(problem);
+  const auto at = [&](int64_t offset) {
+    return static_cast<void*>(static_cast<uint8_t*>(args.workspace.data) + offset);
+  };
+  const SplitParams terms = {args.dlogits.template as<float>(),
+                             problem.num_tokens,
+                             problem.num_experts,
+                             layout.padded_experts,
+                             at(layout.terms),
+                             static_cast<float*>(at(layout.scale)),
+                             static_cast<int32_t*>(at(layout.rows)),
+                             static_cast<int32_t*>(at(layout.counts)),
+                             static_cast<int32_t*>(at(layout.offsets)),
+                             layout.slices};
+  split<Element>(terms, context);
+  if (args.dx.present()) router_input_gradient<Element>(args, terms, context);
+  if (args.drouter_weight.present()) {
+    router_weight_gradient<Element>(args, terms, static_cast<float*>(at(layout.partials)), context);
+  }
+}
+
+}  // namespace penstock::cuda
