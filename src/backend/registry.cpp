@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The list of backends and the choice among them. The list is built once, at the first use, and
-// never changes; everything else is a pure function of the context and the problem. A backend from
-// a library of its own (opened at run time) joins in known_backends, through a function like those
-// of the built-in ones.
+// never changes; everything else is a pure function of the context and the problem.
 #include "backend/registry.h"
 
 #include <algorithm>
@@ -11,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cuda_library.h"
 #include "backends/cpu/fast/fast_backend.h"
 #include "backends/cpu/reference/reference_backend.h"
 #include "penstock/error.h"
@@ -18,26 +17,11 @@
 namespace penstock {
 namespace {
 
-// Stands for the CUDA backend in a build without it, so that asking for it tells the reason.
-const Backend& absent_cuda_backend() {
-  static const Backend backend = [] {
-    Backend table{};
-    table.name = "cuda";
-    table.device = DeviceType::cuda;
-    table.description = [] { return std::string("NVIDIA GPUs"); };
-    table.why_unavailable = [] {
-      return std::string("this build has no CUDA backend (CMake option PENSTOCK_BUILD_CUDA)");
-    };
-    return table;
-  }();
-  return backend;
-}
-
 // Every backend, in the order in which those of one device are tried.
 const std::vector<const Backend*>& known_backends() {
   static const std::vector<const Backend*> backends = [] {
     std::vector<const Backend*> list = {&cpu::fast_backend(), &cpu::reference_backend(),
-                                        &absent_cuda_backend()};
+                                        &cuda_backend()};
     std::stable_sort(list.begin(), list.end(), [](const Backend* a, const Backend* b) {
       return std::pair(a->device, -a->priority) < std::pair(b->device, -b->priority);
     });
