@@ -162,7 +162,7 @@ __device__ void write_expert_arrays(const PlanParams& params, const int32_t* bas
 }
 
 template <typename Chunk, typename Id>
-__global__ void __launch_bounds__(Chunk::kThreads) plan_scatter_kernel(const PlanParams params) {
+__global__ void __launch_bounds__(Chunk::kThreads, 1) plan_scatter_kernel(const PlanParams params) {
   extern __shared__ int32_t shared[];
   int32_t* base = shared;                            // (E)
   int32_t* next_rows = shared + params.num_experts;  // (kWarps, E) next row of expert e for warp w
