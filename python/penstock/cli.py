@@ -29,8 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
         module = importlib.import_module(COMMANDS[name][0]) if name else None
-        args = _parser(name, module).parse_args(arguments)
-        return module.run(args)
+        return module.run(_parse(name, module, arguments))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "penstock":
             raise
@@ -50,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, str(error))
 
 
-def _parser(name: str | None, module: object) -> argparse.ArgumentParser:
-    """The whole program's parser, with the options of the one subcommand that was asked for."""
+def _parse(
+    name: str | None, module: object, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """What `arguments` say, read with the options of the one subcommand that was asked for."""
     parser = argparse.ArgumentParser(
         prog="penstock", description="A Mixture-of-Experts engine for training and inference."
     )
@@ -62,7 +63,13 @@ def _parser(name: str | None, module: object) -> argparse.ArgumentParser:
         )
         if command == name:
             module.add_arguments(subparser)
-    return parser
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        # Some versions of argparse let the program's parser refuse these, under the program's name
+        # and usage: neither tells which subcommand has no such option.
+        refusing = commands.choices.get(name, parser)
+        refusing.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def _is_reported(error: Exception) -> bool:
