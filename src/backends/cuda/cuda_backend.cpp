@@ -101,14 +101,23 @@ std::string why_unavailable() {
   return device_reason(0);
 }
 
-// Kernel attributes are per device and must not first be set inside a captured region, so they are
-// set the first time a device is asked about.
-void prepare(int device) {
+// Kernel attributes are per device, so they are set the first time a device builds a plan.
+void prepare(Device device) {
   static std::array<std::once_flag, kMaxDevices> done;
-  std::call_once(done[static_cast<size_t>(device)], [device] {
-    const DeviceGuard guard(Device{DeviceType::cuda, device});
+  std::call_once(done.at(static_cast<size_t>(device.index)), [device] {
+    const DeviceGuard guard(device);
     prepare_plan_kernels();
   });
+}
+
+void prepare_and_build_plan(const PlanArgs& args, const Context& context) {
+  prepare(device_of(args));
+  build_plan(args, context);
+}
+
+// Scores, logits and plans are fp32 and int32; the router's products refuse an fp32 x themselves.
+std::string why_not_routing_dtype(DType dtype) {
+  return dtype == DType::float32 ? std::string() : why_not_products_dtype(dtype);
 }
 
 std::string why_not(const ExpertsProblem& problem) {
@@ -128,7 +137,6 @@ std::string why_not(const ExpertsProblem& problem) {
            std::to_string(kMaxExperts);
   }
   if (std::string reason = why_not_products(problem); !reason.empty()) return reason;
-  prepare(problem.device.index);
   return {};
 }
 
@@ -147,7 +155,7 @@ const Backend kBackend = {
     .description = description,
     .why_unavailable = why_unavailable,
     .why_not = why_not,
-    .why_not_dtype = why_not_products_dtype,
+    .why_not_dtype = why_not_routing_dtype,
     .scratch_bytes = scratch_bytes,
     .router_scratch_bytes = router_scratch_bytes,
     .plan_scratch_bytes = plan_scratch_bytes,
@@ -157,7 +165,7 @@ const Backend kBackend = {
     .router_logits_backward = on_device<launch_router_logits_backward, RouterLogitsBackwardArgs>,
     .router_forward = on_device<router_forward, RouterForwardArgs>,
     .router_backward = on_device<router_backward, RouterBackwardArgs>,
-    .build_plan = on_device<build_plan, PlanArgs>,
+    .build_plan = on_device<prepare_and_build_plan, PlanArgs>,
     .up_projection = on_device<launch_up_projection, UpProjectionArgs>,
     .down_projection = on_device<launch_down_projection, DownProjectionArgs>,
     .combine = on_device<combine, CombineArgs>,
