@@ -241,8 +241,9 @@ class FailingAllocator:
     def __init__(self, monkeypatch, door) -> None:
         from penstock import _arrays
 
-        arrays = _arrays.TorchArrays if door is TorchDoor else _arrays.NumpyArrays
-        self.error = torch.OutOfMemoryError if door is TorchDoor else MemoryError
+        on_torch = issubclass(door, TorchDoor)
+        arrays = _arrays.TorchArrays if on_torch else _arrays.NumpyArrays
+        self.error = torch.OutOfMemoryError if on_torch else MemoryError
         self.remaining = -1
         for name in ("empty", "zeros", "workspace"):
             monkeypatch.setattr(arrays, name, self.wrap(getattr(arrays, name)))
