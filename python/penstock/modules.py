@@ -6,10 +6,9 @@ biases b1 (E, h) and b2 (E, d), router.weight (E, d). No state beside them but l
 left out of copies and pickles.
 
 Under torch.autocast the modules cast, the functions never do: x and the experts' weights to the
-autocast dtype, and for the router's logits, which are fp32 always, to fp32 on the CPU and to the
-autocast dtype on a GPU, whose products take 16-bit operands and sum in fp32. Without autocast, x
-and the weights must have one dtype, except that the router's weight may be wider (fp32 router in a
-bf16 layer): x is then widened for the logits alone.
+autocast dtype, router logits in fp32. Without autocast, x and the weights must have one dtype,
+except that the router's weight may be wider (fp32 router in a bf16 layer): x is then widened for
+the logits alone.
 """
 
 from __future__ import annotations
@@ -162,9 +161,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (T, E) of x (T, d), in fp32 (float64 for float64)."""
-        autocast = _autocast_dtype(x)
-        if autocast is not None:
-            dtype = autocast if x.device.type == "cuda" else torch.float32
+        if _autocast_dtype(x) is not None:
+            dtype = torch.float32
         else:
             dtype = torch.promote_types(x.dtype, self.weight.dtype)
             if dtype != self.weight.dtype:

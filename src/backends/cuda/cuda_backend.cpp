@@ -4,8 +4,6 @@
 // one entry per operation. Every entry makes the tensors' device current for its launches.
 #include "backends/cuda/cuda_backend.h"
 
-#include <array>
-#include <mutex>
 #include <string>
 
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
@@ -15,7 +13,6 @@
 namespace penstock::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr int kVectorElements = 8;  // 16-byte accesses of 16-bit elements
 
 class DeviceGuard {
@@ -101,31 +98,8 @@ std::string why_unavailable() {
   return device_reason(0);
 }
 
-// Kernel attributes are per device, so they are set the first time a device builds a plan.
-void prepare(Device device) {
-  static std::array<std::once_flag, kMaxDevices> done;
-  std::call_once(done.at(static_cast<size_t>(device.index)), [device] {
-    const DeviceGuard guard(device);
-    prepare_plan_kernels();
-  });
-}
-
-void prepare_and_build_plan(const PlanArgs& args, const Context& context) {
-  prepare(device_of(args));
-  build_plan(args, context);
-}
-
-// Scores, logits and plans are fp32 and int32; the router's products refuse an fp32 x themselves.
-std::string why_not_routing_dtype(DType dtype) {
-  return dtype == DType::float32 ? std::string() : why_not_products_dtype(dtype);
-}
-
 std::string why_not(const ExpertsProblem& problem) {
   if (std::string reason = why_not_products_dtype(problem.dtype); !reason.empty()) return reason;
-  if (problem.device.index < 0 || problem.device.index >= kMaxDevices) {
-    return "device index " + std::to_string(problem.device.index) + " is outside [0, " +
-           std::to_string(kMaxDevices) + ")";
-  }
   if (std::string reason = device_reason(problem.device.index); !reason.empty()) return reason;
   if (problem.hidden_size % kVectorElements != 0 ||
       problem.intermediate_size % kVectorElements != 0) {
@@ -155,7 +129,7 @@ const Backend kBackend = {
     .description = description,
     .why_unavailable = why_unavailable,
     .why_not = why_not,
-    .why_not_dtype = why_not_routing_dtype,
+    .why_not_dtype = why_not_router_dtype,
     .scratch_bytes = scratch_bytes,
     .router_scratch_bytes = router_scratch_bytes,
     .plan_scratch_bytes = plan_scratch_bytes,
@@ -165,7 +139,7 @@ const Backend kBackend = {
     .router_logits_backward = on_device<launch_router_logits_backward, RouterLogitsBackwardArgs>,
     .router_forward = on_device<router_forward, RouterForwardArgs>,
     .router_backward = on_device<router_backward, RouterBackwardArgs>,
-    .build_plan = on_device<prepare_and_build_plan, PlanArgs>,
+    .build_plan = on_device<build_plan, PlanArgs>,
     .up_projection = on_device<launch_up_projection, UpProjectionArgs>,
     .down_projection = on_device<launch_down_projection, DownProjectionArgs>,
     .combine = on_device<combine, CombineArgs>,
