@@ -107,7 +107,7 @@ def profile_step(step: Callable[[], Any], clear: Callable[[], Any]) -> list[Laun
     step()
     torch.cuda.synchronize()
     steps: list[list[Any]] = []
-    for _ in range(STEPS):
+    for _ in range(STEPS + 1):
         clear()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
@@ -115,6 +115,7 @@ def profile_step(step: Callable[[], Any], clear: Callable[[], Any]) -> list[Laun
                 step()
             torch.cuda.synchronize()
         steps.append(_kernels(recorded))
+    steps = steps[1:]  # the profiler sets itself up in its first use, and may miss kernels then
     counts = {len(kernels) for kernels in steps}
     if len(counts) != 1:
         raise RuntimeError(f"profile: got steps of {sorted(counts)} kernels, expected one number")
