@@ -65,6 +65,7 @@ def test_rows_of_a_shape(stubs):
     leaf_bytes = 4 * (40 * 32 + 6 * 32 + 6 * 32 * 32 + 6 * 32 * 16)
     assert ours["gradient_bytes"] == leaf_bytes
     assert ours["peak_beyond_results"] == 1000 - leaf_bytes
+    assert ours["kept_bytes_formula"] > 0 and "kept_bytes_formula" not in loop
     text = "\n".join(report.shape_lines(rows))
     assert "torch-loop" in text and "1.000" in text
 

@@ -53,6 +53,8 @@ def bench_shape(problem: Problem, peers: list[Peer], session: Session) -> list[R
         row = prepared.rows[name]
         memory = measure_memory(run.forward, run.backward)
         row |= {**memory._asdict(), "peak_beyond_results": memory.peak_beyond_results}
+        if name == OURS:
+            row |= memory_by_formula(problem)
         actions |= actions_of(name, run.forward, run.step, peer.why_no_graph)
     reference = yardstick.Yardstick(problem, prepared.tensors)
     prepared.rows[yardstick.NAME] = _new_row(problem, yardstick.NAME, session)
@@ -138,6 +140,22 @@ def _first_step(peer: Peer, problem: Problem, run: Eager) -> tuple[float, str]:
         run.step()
         torch.cuda.synchronize()
     return time.perf_counter() - began, reason
+
+
+def memory_by_formula(problem: Problem) -> Row:
+    """What we say that we keep, and the larger workspace of the two passes."""
+    from penstock import functional
+
+    sizes, settings = problem.shape.sizes, {"dtype": problem.dtype, "save": problem.save}
+    passes = ("forward", "backward")
+    workspaces = [
+        functional.workspace_bytes(sizes, which, **settings, device=problem.device)
+        for which in passes
+    ]
+    return {
+        "kept_bytes_formula": functional.saved_bytes(sizes, **settings),
+        "workspace_bytes_formula": max(workspaces),
+    }
 
 
 def experts_touched(problem: Problem, tensors: Tensors) -> int:

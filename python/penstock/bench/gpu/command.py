@@ -20,7 +20,7 @@ def run(
     args: argparse.Namespace, problems: list[Problem], peers: list[Peer], console: Any
 ) -> list[dict[str, Any]]:
     """Every row of the run; prints a table for each shape and writes what was asked for."""
-    session = open_session(args)
+    session = open_session(args, problems[0].threads)
     say(console, [report.session_line(session.facts)])
     rows: list[dict[str, Any]] = []
 
@@ -52,7 +52,7 @@ def run(
     return rows
 
 
-def open_session(args: argparse.Namespace) -> Session:
+def open_session(args: argparse.Namespace, threads: int) -> Session:
     """Creates the context, measures the ceilings, collects what figures depend on."""
     import torch
 
@@ -60,7 +60,7 @@ def open_session(args: argparse.Namespace) -> Session:
 
     start = measure_start()
     ceilings = measure_ceilings()
-    facts = machine_facts(args.threads) | {
+    facts = machine_facts(threads) | {
         "gpu": torch.cuda.get_device_name(),
         "driver": gpu()["driver"],
         "cuda": torch.version.cuda,
