@@ -102,7 +102,7 @@ def rates(launches: list[Launch], work: dict[str, Work], ceilings: Ceilings) -> 
 def profile_step(step: Callable[[], Any], clear: Callable[[], Any]) -> list[Launch]:
     """The kernels of a step, those of `clear` (which runs before each) left out."""
     import torch
-    from torch.profiler import ProfilerActivity, profile, record_function
+    from torch.profiler import ProfilerActivity, profile
 
     step()
     torch.cuda.synchronize()
@@ -110,9 +110,8 @@ def profile_step(step: Callable[[], Any], clear: Callable[[], Any]) -> list[Laun
     for _ in range(STEPS + 1):
         clear()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as recorded:
-            with record_function("step"):
-                step()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            step()
             torch.cuda.synchronize()
         steps.append(_kernels(recorded))
     steps = steps[1:]  # the profiler sets itself up in its first use, and may miss kernels then
@@ -135,6 +134,5 @@ def _kernels(recorded: Any) -> list[tuple[str, float]]:
         for event in recorded.profiler.kineto_results.events()
         if event.device_type() == torch.autograd.DeviceType.CUDA and event.duration_ns() > 0
     ]
-    on_gpu = [event for event in events if event.name() not in ("step", "[memory]")]
-    on_gpu.sort(key=lambda event: event.start_ns())
-    return [(event.name(), event.duration_ns() * 1e-3) for event in on_gpu]
+    events.sort(key=lambda event: event.start_ns())
+    return [(event.name(), event.duration_ns() * 1e-3) for event in events]
