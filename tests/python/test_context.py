@@ -76,9 +76,10 @@ def test_ranges_are_around_every_pass_where_they_are_asked_for(monkeypatch):
         with penstock.backend(ranges=""):
             layer(x)
     y.sum().backward()  # in the context of its forward pass
-    passes = ["router_logits", "route", "build_plan", "experts_forward"]
-    passes += ["experts_backward", "route_backward", "router_logits_backward"]
-    assert nvtx.names[1:] == [f"penstock::{name}" for name in passes]
+    passes = ["router_logits", "build_plan", "experts_forward"]
+    passes += ["experts_backward", "router_logits_backward"]
+    marked = [f"penstock::{name}" for name in passes]
+    assert [name for name in nvtx.names if name in marked] == marked
     assert nvtx.open == 0
 
 

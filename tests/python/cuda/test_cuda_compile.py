@@ -90,10 +90,9 @@ def test_opcheck_experts(save) -> None:
     )
 
 
-def test_opcheck_routing() -> None:
+def test_opcheck_router_and_plan() -> None:
     inputs = make_inputs(SHAPE, "bfloat16")
     torch.library.opcheck(ops.router_logits, (inputs["x"], inputs["router_weight"], CONTEXT))
-    logits = torch.randn(SHAPE[0], SHAPE[3], device="cuda", requires_grad=True)
-    torch.library.opcheck(ops.route, (logits, SHAPE[4], "softmax_topk", CONTEXT))
-    ids = functional.route(logits.detach(), SHAPE[4]).ids
+    logits = torch.randn(SHAPE[0], SHAPE[3], device="cuda")
+    ids = functional.route(logits, SHAPE[4]).ids
     torch.library.opcheck(ops.plan, (ids, None, SHAPE[0], SHAPE[3], CONTEXT))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 
 import numpy as np
+import plain
 import pytest
 import torch
 from case_layer import bound_for, parameters, relative_l2, statement
@@ -22,7 +23,6 @@ from gpu_layer import layer_of, make_inputs, other_bits, sized, step
 
 import penstock
 from penstock import functional
-from penstock.routing import ROUTERS
 
 
 @case(8, "cuda")
@@ -47,7 +47,7 @@ def test_case_08_one_bad_token(dtype, bad) -> None:
 
 
 @case(9, "cuda")
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", plain.ROUTERS)
 def test_case_09_strange_logits(router) -> None:
     """The CPU's choice and scores, whatever the logits hold."""
     num_tokens, _, _, num_experts, top_k = parameters(9)["shape"]
@@ -123,8 +123,8 @@ def test_case_12_routing_weights(dtype) -> None:
     pairs = [(0, 0), (-1.5, 0.5), (1, -1), (tiny, tiny), (-0.0, 2), (-tiny, 1), (100, -100)]
     scores[: len(pairs)] = pairs
     results = check_statement(CudaDoor, layer.with_(scores=scores))
-    plain = CudaDoor.run(layer.with_(scores=np.ones_like(scores)))
-    assert CudaDoor.bits(results["dscores"]) == CudaDoor.bits(plain["dscores"])
+    ones = CudaDoor.run(layer.with_(scores=np.ones_like(scores)))
+    assert CudaDoor.bits(results["dscores"]) == CudaDoor.bits(ones["dscores"])
 
 
 def padded(tensor: torch.Tensor, offset: int, padding: int) -> torch.Tensor:
