@@ -52,6 +52,8 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
     """Every bar that the rows say something about, in a fixed order."""
     whole = [row for row in rows if "pass" not in row and "total_ms" in row]
     uniform = [row for row in whole if row.get("load", "uniform") == "uniform"]
+    recomputing = [row for row in uniform if row["save"] == "input" and row["impl"] == OURS]
+    uniform = [row for row in uniform if row["save"] != "input"]
     found = _against_the_yardstick(uniform, bars)
     ours = {row["shape"]["name"]: row for row in uniform if row["impl"] == OURS}
     for name, row in ours.items():
@@ -61,6 +63,11 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
         if row["impl"] == OURS and load != "uniform" and name in ours:
             ratio = row["total_ms"] / ours[name]["total_ms"]
             found.append(Bar(f"{name} load {load} / uniform", ratio, bars["skew_over_uniform"]))
+    for row in recomputing:
+        name = row["shape"]["name"]
+        if name in bars["kept_under_input_mib"]:
+            kept, limit = row["kept_bytes"] / MIB, bars["kept_under_input_mib"][name]
+            found.append(Bar(f"{name} kept, save input, MiB", kept, limit))
     forward = [row for row in rows if row.get("pass") == "forward" and "forward_ms" in row]
     return found + [_decoding(row, bars) for row in forward if row["impl"] == OURS]
 

@@ -23,6 +23,7 @@ def row(name: str, impl: str, total: float, **more) -> dict:
     times = {"forward_ms": total / 3, "total_ms": total, "eager_total_ms": 1.1 * total}
     memory = {"first_step_s": 0.5, "peak_beyond_results": 1 << 30}
     where = {"shape": {**SHAPES[name], "name": name}, "impl": impl, "dtype": "bfloat16"}
+    where |= {"save": "preactivation", "kept_bytes": 5 << 20}
     return where | {"timed": "graph", "load": "uniform"} | times | memory | more
 
 
@@ -61,6 +62,16 @@ def test_uneven_loads_and_decoding():
     )
     assert bars["7B-n256 load zipf / uniform"].figure == pytest.approx(1.2)
     assert bars["olmoe/T8 forward, us"] == Bar("olmoe/T8 forward, us", 150.0, 145.0)
+
+
+def test_a_row_that_computes_h_again_is_held_against_its_memory_alone():
+    bars = found(
+        row("7B-n256", "penstock", 3.0),
+        row("7B-n256", "cublas", 2.0),
+        row("7B-n256", "penstock", 4.0, save="input"),
+    )
+    assert bars["7B-n256 kept, save input, MiB"] == Bar("7B-n256 kept, save input, MiB", 5.0, 6)
+    assert bars["7B-n256 step / cublas (SonicMoE's)"].figure == pytest.approx(1.5)
 
 
 def test_a_miss_says_no():
