@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 CPP = HERE.parents[1] / "cpp" / "hostile"
 CUDA = HERE.parent / "cuda"
 DOOR_NAMES = ("cpp", "numpy", "torch", "cuda")
-COVERED = {*range(1, 24), 25, 26, 27, 28, 34}
+COVERED = {*range(1, 24), 25, 26, 27, 28, 34, 35}
 
 
 def numbers_in_cpp() -> set[int]:

@@ -23,6 +23,7 @@ from gpu_layer import layer_of, make_inputs, other_bits, sized, step
 
 import penstock
 from penstock import functional
+from penstock.bench.self_check import self_check
 
 
 @case(8, "cuda")
@@ -353,6 +354,13 @@ def test_case_34_copies_of_a_module() -> None:
     fresh.load_state_dict(torch.load(buffer))
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), fresh):
         assert torch.equal(other(x), y)
+
+
+@case(35, "cuda")
+def test_case_35_the_gpu_is_verified() -> None:
+    found = [checked for checked in self_check() if checked.backend == "cuda"]
+    assert {checked.dtype for checked in found} == {"bfloat16", "float16"}
+    assert all(checked.right for checked in found), [checked.line() for checked in found]
 
 
 def test_rows_already_dispatched_and_delayed_weight_gradients() -> None:
