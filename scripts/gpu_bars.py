@@ -68,6 +68,9 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
         if name in bars["kept_under_input_mib"]:
             kept, limit = row["kept_bytes"] / MIB, bars["kept_under_input_mib"][name]
             found.append(Bar(f"{name} kept, save input, MiB", kept, limit))
+    for row in rows:
+        if row.get("pass") == "profile":
+            found += _of_a_profile(row, bars)
     forward = [row for row in rows if row.get("pass") == "forward" and "forward_ms" in row]
     return found + [_decoding(row, bars) for row in forward if row["impl"] == OURS]
 
@@ -120,6 +123,19 @@ def _of_one_shape(name: str, row: Row, bars: dict[str, Any]) -> list[Bar]:
 def _output_bytes(row: Row) -> int:
     element = {"bfloat16": 2, "float16": 2}.get(row["dtype"], 4)
     return row["shape"]["T"] * row["shape"]["d"] * element
+
+
+def _of_a_profile(row: Row, bars: dict[str, Any]) -> list[Bar]:
+    name = row["shape"]["name"]
+    found = [
+        Bar(f"{name} launches {which}", row[f"{which}_launches"], bars[f"{which}_launches"])
+        for which in ("forward", "backward")
+    ]
+    times = {launch["name"]: launch["microseconds"] for launch in row["launches"]}
+    if "top-k" in times and "plan" in times:
+        ratio = (times["top-k"] + times["plan"]) / times["top-k"]
+        found.append(Bar(f"{name} routing / top-k", ratio, bars["routing_over_top_k"]))
+    return found
 
 
 def _decoding(row: Row, bars: dict[str, Any]) -> Bar:

@@ -74,6 +74,16 @@ def test_a_row_that_computes_h_again_is_held_against_its_memory_alone():
     assert bars["7B-n256 step / cublas (SonicMoE's)"].figure == pytest.approx(1.5)
 
 
+def test_a_profile_counts_launches_and_weighs_routing():
+    launches = [{"name": "top-k", "microseconds": 10.0}, {"name": "plan", "microseconds": 20.0}]
+    profile = {"pass": "profile", "impl": "penstock", "shape": {**SHAPES["olmoe"], "name": "olmoe"},
+               "forward_launches": 9, "backward_launches": 17, "launches": launches}  # fmt: skip
+    bars = found(profile)
+    assert bars["olmoe launches forward"] == Bar("olmoe launches forward", 9, 10)
+    assert bars["olmoe launches backward"].line().endswith("no")
+    assert bars["olmoe routing / top-k"] == Bar("olmoe routing / top-k", 3.0, 2.5)
+
+
 def test_a_miss_says_no():
     assert Bar("a", 1.0, 1.0).line().endswith("yes")
     assert Bar("a", 1.01, 1.0).line().endswith("no")

@@ -125,6 +125,7 @@ def test_kernels_are_named_by_what_they_are_and_what_came_before():
         "logits", "top-k", "plan", "up-projection", "down-projection", "combine", "dH", "dS", "dW2",
         "dX rows", "dW1", "dX combine", "vectorized_elementwise_kernel",
     ]  # fmt: skip
+    assert launches.count_passes(launches.launch_names(KERNELS)) == (6, 7)
     only_one = [KERNELS[6], KERNELS[8]]
     assert launches.launch_names(only_one) == ["dH", "dW1 and dW2"]
 
@@ -138,7 +139,7 @@ def test_rates_against_the_ceilings():
     assert first.tflops == pytest.approx(400.0) and first.share_of_ceiling == pytest.approx(0.5)
     assert second.share_of_ceiling != second.share_of_ceiling  # not known
     row = {"shape": {**dict.fromkeys("TdnEK", 1), "name": "s"}, "dtype": "x", "load": "uniform",
-           "save": "input", "launches": report.as_launch_rows([first, second])}  # fmt: skip
+           "save": "input", "forward_launches": 1, "backward_launches": 2, "launches": report.as_launch_rows([first, second])}  # fmt: skip
     assert json.loads(json.dumps(row))["launches"][1]["share_of_ceiling"] is None
     assert "50" in report.profile_lines(row)[2]
 

@@ -211,6 +211,7 @@ def test_case_16_routing_on_another_device(name) -> None:
 
 
 @case(17, "numpy", "torch")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_case_17_a_backend_that_is_not_there(door) -> None:
     layer = make_layer(parameters(17)["shape"], "float32")
     with penstock.backend("cuda"), pytest.raises(penstock.UnsupportedError, match="CUDA"):

@@ -105,8 +105,10 @@ def profile_shape(problem: Problem, peer: Peer, session: Session) -> Row:
     found = launches.profile_step(run.step, flush.zero_)
     work = work_of_launches(problem.shape, tensors.x.element_size())
     rates = launches.rates(found, work, session.ceilings)
+    forward, backward = launches.count_passes([launch.name for launch in found])
     row = _new_row(problem, peer.name, session)
-    return row | {"pass": "profile", "launches": as_launch_rows(rates)}
+    row |= {"pass": "profile", "forward_launches": forward, "backward_launches": backward}
+    return row | {"launches": as_launch_rows(rates)}
 
 
 def _prepare(problem: Problem, peers: list[Peer], session: Session) -> Prepared:

@@ -39,7 +39,8 @@ def run(
             continue
         shape_rows = bench_shape(problem, peers, session)
         keep(shape_rows, report.shape_lines(shape_rows))
-        if args.profile:
+        ran = {row["impl"] for row in shape_rows if "total_ms" in row}
+        if args.profile and OURS in ran:
             ours = next(peer for peer in peers if peer.name == OURS)
             row = profile_shape(problem, ours, session)
             keep([row], report.profile_lines(row))

@@ -72,6 +72,12 @@ def launch_names(kernels: list[str]) -> list[str]:
     return names
 
 
+def count_passes(names: list[str]) -> tuple[int, int]:
+    """Kernels of the forward and of the backward pass, which begins with dH."""
+    first = names.index("dH") if "dH" in names else len(names)
+    return first, len(names) - first
+
+
 def _is_ours(kernel: str, pattern: str) -> bool:
     return "penstock" in kernel and re.search(pattern, kernel) is not None
 

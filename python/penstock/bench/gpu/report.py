@@ -104,7 +104,8 @@ def profile_lines(row: Row) -> list[str]:
     """The table of our launches of one step."""
     total = sum(launch["microseconds"] for launch in row["launches"])
     lines = [
-        f"{title(row)}: launches of one step, {total:.0f} us in all",
+        f"{title(row)}: {row['forward_launches']} launches forward, {row['backward_launches']} "
+        f"backward, {total:.0f} us in all",
         f"{'':24}{'count':>6}{'us':>9}{'%':>6}{'TF/s':>7}{'GB/s':>7}{'of ceiling %':>14}",
     ]
     for launch in row["launches"]:
