@@ -138,8 +138,9 @@ def test_rates_against_the_ceilings():
     assert (first.name, first.count, first.microseconds) == ("a", 2, 20.0)
     assert first.tflops == pytest.approx(400.0) and first.share_of_ceiling == pytest.approx(0.5)
     assert second.share_of_ceiling != second.share_of_ceiling  # not known
-    row = {"shape": {**dict.fromkeys("TdnEK", 1), "name": "s"}, "dtype": "x", "load": "uniform",
-           "save": "input", "forward_launches": 1, "backward_launches": 2, "launches": report.as_launch_rows([first, second])}  # fmt: skip
+    row = {"shape": {**dict.fromkeys("TdnEK", 1), "name": "s"}, "dtype": "x", "load": "uniform"}
+    row |= {"save": "input", "forward_launches": 1, "backward_launches": 2}
+    row["launches"] = report.as_launch_rows([first, second])
     assert json.loads(json.dumps(row))["launches"][1]["share_of_ceiling"] is None
     assert "50" in report.profile_lines(row)[2]
 
