@@ -51,7 +51,7 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"plan_", "plan", "plan"),
     (r"score_gradient", "dS", "dS"),
     (r"router_backward", "router backward", "router backward"),
-    (r"split_|sum_slices|largest_bits|router_", "logits", "router's dX and dWr"),
+    (r"split_|sum_slices|largest_bits|fp32_product|add_slices", "logits", "router's dX and dWr"),
 )
 _WEIGHT_GRADIENT = "WeightGradientEpilogue"
 
