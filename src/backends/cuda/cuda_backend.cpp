@@ -19,9 +19,10 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(Device device) {
     check("cudaGetDevice", cudaGetDevice(&previous_));
-    if (previous_ == device.index) return;
+    // Also where it is current already: a thread that has made no CUDA call yet (autograd's) has no
+    // context, which the driver needs to encode tensor maps.
     check("cudaSetDevice", cudaSetDevice(device.index));
-    changed_ = true;
+    changed_ = previous_ != device.index;
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;

@@ -4,8 +4,8 @@
 // through which they become 16-byte accesses of whole rows. Each warp works alone, so an epilogue
 // needs no barrier but __syncwarp.
 //
-// A piece is 16 rows of 128 bytes, 144 bytes apart: neither the 4-byte writes of the accumulator
-// layout nor the 16-byte reads of a row meet a bank conflict.
+// A piece is 16 rows of 128 (or 64) bytes, 16 more apart: neither writes in the accumulator layout
+// nor the 16-byte reads of a row meet a bank conflict.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,7 @@
 
 namespace penstock::cuda {
 
-inline constexpr int kPieceStride = 144;
-inline constexpr int kPieceBytes = 16 * kPieceStride;
+inline constexpr int kPieceBytes = 16 * 144;  // of a piece 128 bytes wide
 
 // Where a consumer warp works: its staging and its first row of the tile.
 struct WarpPlace {
@@ -86,10 +85,13 @@ __device__ __forceinline__ float2 unpack_word(uint32_t word) {
   return Pair<Element>::unpack(reinterpret_cast<const typename Pair<Element>::Type&>(word));
 }
 
-// 16 rows x 128 bytes of `Element` in shared memory.
-template <typename Element>
+// 16 rows x kRowBytes of `Element` in shared memory.
+template <typename Element, int kRowBytes = 128>
 struct Piece {
-  static constexpr int kColumns = 128 / sizeof(Element);
+  static constexpr int kStride = kRowBytes + 16;
+  static constexpr int kBytes = 16 * kStride;
+  static constexpr int kRowLanes = kRowBytes / 16;  // lanes that share a row of 16-byte accesses
+  static constexpr int kColumns = kRowBytes / sizeof(Element);
   static constexpr int kGroups = kColumns / 8;
   static constexpr int kVector = 16 / sizeof(Element);
   using PairType = typename Pair<Element>::Type;
@@ -98,7 +100,7 @@ struct Piece {
 
   // The lane's two columns of group `group`, in row row() + 8 * lower.
   __device__ PairType& pair(int group, int lower) const {
-    return *reinterpret_cast<PairType*>(base + (Lane::row() + lower * 8) * kPieceStride +
+    return *reinterpret_cast<PairType*>(base + (Lane::row() + lower * 8) * kStride +
                                         (group * 8 + Lane::column()) * sizeof(Element));
   }
 
@@ -116,7 +118,7 @@ struct Piece {
     static_assert(sizeof(Element) == 2, "stmatrix moves 16-bit elements");
     const int lane = Lane::id();
     arch::store_matrix(
-        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
+        arch::shared_address(base + (lane % 16) * kStride + (group + lane / 16) * 16),
         packed.at);
   }
   __device__ void put_two(int group, float4 first, float4 second) const {
@@ -132,16 +134,16 @@ struct Piece {
   }
 
   // Calls `access(shared 16 bytes, row, column)` for each 16 bytes whose row and column exist, a
-  // whole row of the piece by 8 neighbouring lanes.
+  // whole row of the piece by neighbouring lanes.
   template <typename Access>
   __device__ void each_vector(int rows, int columns, Access access) const {
-    const int column = Lane::id() % 8 * kVector;
+    const int column = Lane::id() % kRowLanes * kVector;
     if (column >= columns) return;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + Lane::id() / 8;
+    for (int i = 0; i < kRowLanes / 2; ++i) {
+      const int row = i * (32 / kRowLanes) + Lane::id() / kRowLanes;
       if (row < rows) {
-        access(*reinterpret_cast<uint4*>(base + row * kPieceStride + Lane::id() % 8 * 16), row,
+        access(*reinterpret_cast<uint4*>(base + row * kStride + Lane::id() % kRowLanes * 16), row,
                column);
       }
     }

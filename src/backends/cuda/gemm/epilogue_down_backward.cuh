@@ -29,7 +29,9 @@ struct DownBackwardEpilogue {
   using Element = typename TileType::Element;
   using Params = DownBackwardEpilogueParams;
   static constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-  static constexpr int kWarpStagingBytes = (kHalves + 1) * kPieceBytes;
+  // Narrow pieces leave room for one more stage of the main loop.
+  using PieceType = Piece<Element, 64>;
+  static constexpr int kWarpStagingBytes = (kHalves + 1) * PieceType::kBytes;
   using Sums = float[TileType::kAccumulators];
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
@@ -82,14 +84,14 @@ struct DownBackwardEpilogue {
   }
 
   // Pieces: dH by half, then A'.
-  static __device__ __forceinline__ Piece<Element> piece_of(const WarpPlace& place, int index) {
-    return {place.staging + index * kPieceBytes};
+  static __device__ __forceinline__ PieceType piece_of(const WarpPlace& place, int index) {
+    return {place.staging + index * PieceType::kBytes};
   }
 
   // Pairs of H in the accumulator layout, of groups `group` and the next, in both halves. Columns
   // past the end and rows past the expert are read from the last that exists: they are neither
   // summed nor stored.
-  using Packed = typename Piece<Element>::Packed;
+  using Packed = typename PieceType::Packed;
   struct Batch {
     Packed half[kHalves];
     Packed scaled;  // A', once it is known
@@ -132,24 +134,21 @@ struct DownBackwardEpilogue {
         {min(Lane::row(), rows - 1) * stride, min(Lane::row() + 8, rows - 1) * stride},
         params.columns,
         min(params.columns - work.n, TileType::kN)};
-    Batch batch = load(source, 0);
 #pragma unroll
-    for (int chunk = 0; chunk < TileType::kN / 64; ++chunk) {
-      const int column = work.n + chunk * 64;
+    for (int chunk = 0; chunk < TileType::kN / PieceType::kColumns; ++chunk) {
+      const int column = work.n + chunk * PieceType::kColumns;
       if (column >= params.columns) break;
       const int valid = params.columns - column;
 #pragma unroll
-      for (int group = 0; group < 8; group += 2) {
-        const int at = 8 * chunk + group;
-        // One batch ahead of what is worked on.
-        const Batch next = at + 2 < TileType::kN / 8 ? load(source, at + 2) : batch;
+      for (int group = 0; group < PieceType::kGroups; group += 2) {
+        const int at = PieceType::kGroups * chunk + group;
+        Batch batch = load(source, at);
         differentiate(function, params.activation, sums, {at, valid - group * 8}, batch, pair);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           piece_of(place, half).put_two(group, batch.half[half]);
         }
         piece_of(place, kHalves).put_two(group, batch.scaled);
-        batch = next;
       }
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {

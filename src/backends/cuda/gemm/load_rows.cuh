@@ -62,7 +62,9 @@ template <typename TileType, int kHalvesN>
 struct GatheredRows {
   static constexpr Fill kFill = Fill::mixed;
   static constexpr int kArrivals = 1 + kWarpgroup;
-  static constexpr int kRegisters = 56;
+  // 16 more than where TMA copies, for the rows' addresses; consumers of 128 accumulators need them
+  // more, and the producer's code still fits.
+  static constexpr int kRegisters = TileType::kAccumulators == 128 ? 40 : 56;
   static constexpr int kRowsPerThread = TileType::kM / 16;
   using Params = RowOperands;
   using Element = typename TileType::Element;

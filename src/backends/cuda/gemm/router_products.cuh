@@ -68,7 +68,7 @@ void router_logits(const RouterLogitsArgs& args, const Context& context) {
   }
 }
 
-// Largest |dlogits| as the bits of a positive float, whose order is that of integers. NaN counts as
+// For fp16 alone, since bf16 has fp32's range. Largest |dlogits| as the bits of a positive float, whose order is that of integers. NaN counts as
 // the largest and only ever meets NaN results.
 static __global__ void largest_bits(const float* dlogits, int64_t count, int32_t* largest) {
   int32_t best = 0;
@@ -86,7 +86,7 @@ struct SplitParams {
   int64_t experts;
   int64_t padded_experts;
   void* terms;
-  float* scale;  // in: largest bits; out: factor and inverse, written by split_scale
+  float* scale;  // fp16 in: largest bits; out: factor and inverse, written by split_scale
   int32_t* rows;
   int32_t* counts;
   int32_t* offsets;
@@ -163,15 +163,16 @@ template <typename Element>
 void split(const SplitParams& params, const Context& context) {
   const auto stream = static_cast<cudaStream_t>(context.stream);
   constexpr int kThreads = 256;
-  require_success(cudaMemsetAsync(params.scale, 0, 8, stream), "router_logits_backward");
-  if (params.tokens == 0) {
-    split_scale<Element><<<1, 32, 0, stream>>>(params);
-    return;
+  if constexpr (kDTypeOf<Element> == DType::float16) {
+    require_success(cudaMemsetAsync(params.scale, 0, 8, stream), "router_logits_backward");
+    const int64_t count = params.tokens * params.experts;
+    if (count > 0) {
+      largest_bits<<<blocks_for(count, kThreads), kThreads, 0, stream>>>(
+          params.dlogits, count, reinterpret_cast<int32_t*>(params.scale));
+    }
   }
-  const int64_t count = params.tokens * params.experts;
-  largest_bits<<<blocks_for(count, kThreads), kThreads, 0, stream>>>(
-      params.dlogits, count, reinterpret_cast<int32_t*>(params.scale));
   split_scale<Element><<<1, 32, 0, stream>>>(params);
+  if (params.tokens == 0) return;
   split_dlogits<Element>
       <<<blocks_for(params.tokens * params.padded_experts, kThreads), kThreads, 0, stream>>>(
           params);

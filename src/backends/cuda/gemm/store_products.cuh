@@ -20,12 +20,11 @@ struct StoreLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    constexpr int kTileN = kWideTileN;
     using TileType =
-        Tile<Element, kTileM, kTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
+        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
     using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
     using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
-    launch_rows<G, kTileN>(
+    launch_rows<G, kWideTileN>(
         problem, {rows_of(out), bias_of(bias), scale, static_cast<int32_t>(problem.b.n_extent)},
         context);
   }
