@@ -262,6 +262,9 @@ class MoE(nn.Module):
                 f"(..., {self.hidden_size}), the layer's hidden_size last",
                 "Check the layer that made x",
             )
+        # The last call's logits hold its graph, and a graph binds the parameters' gradients to the
+        # stream of its call: gone before this one starts, which may be on another stream.
+        self.stats = None
         rows = x.reshape(-1, self.hidden_size)
         logits, routing = self.route(rows)
         plan = functional.plan(routing, self.num_experts)

@@ -2,7 +2,7 @@
 """Measures of memory, for tests and benchmarks: what is kept for backward, what a call borrows.
 
 Both watch from outside: kept_bytes sees what autograd saves, whichever code saved it;
-watch_workspaces sees every workspace that the front-end allocates.
+watch_workspaces sees every workspace that the front-end allocates, in any thread.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept for backward and what a call borrows, measured against the formulas."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import plain
 import pytest
 import torch
@@ -76,6 +78,26 @@ def test_watchers_nest_and_see_only_their_block():
     layer(x)
     assert len(inner.sizes) == before and len(outer.sizes) == 2 * before
     assert outer.peak_bytes == max(outer.sizes)
+
+
+def test_watchers_see_other_threads():
+    """As they must: autograd runs the backward passes of a GPU's tensors in its own thread."""
+    layer, x = penstock.MoE(8, 4, 3, 1), torch.randn(5, 8)
+    with penstock.testing.watch_workspaces() as here:
+        layer(x)
+    with ThreadPoolExecutor(1) as pool, penstock.testing.watch_workspaces() as log:
+        pool.submit(layer, x).result()
+    assert log.sizes == here.sizes != []
+
+
+def test_a_watcher_that_ends_before_a_younger_one_leaves_it_watching():
+    layer, x = penstock.MoE(8, 4, 3, 1), torch.randn(5, 8)
+    older, younger = penstock.testing.watch_workspaces(), penstock.testing.watch_workspaces()
+    older_log, younger_log = older.__enter__(), younger.__enter__()
+    older.__exit__(None, None, None)
+    layer(x)
+    younger.__exit__(None, None, None)
+    assert not older_log.sizes and younger_log.sizes
 
 
 def test_torch_sees_the_workspace():

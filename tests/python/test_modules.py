@@ -5,6 +5,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+import weakref
 
 import plain
 import pytest
@@ -85,6 +86,17 @@ def test_stats_weigh_the_losses_and_count_a_call_once():
     unweighted, x = make()
     unweighted(x)
     assert unweighted.stats.total_loss.item() == 0.0
+
+
+def test_a_call_begins_with_the_last_call_let_go():
+    """A graph that stats kept would bind the router's gradient to the last call's stream."""
+    layer, x = make()
+    layer(x)
+    last = weakref.ref(layer.stats.logits)
+    alive = []
+    layer.router.register_forward_pre_hook(lambda *_: alive.append(last() is not None))
+    layer(x)
+    assert alive == [False] and layer.stats is not None
 
 
 def test_experts_alone():

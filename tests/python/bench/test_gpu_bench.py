@@ -6,7 +6,11 @@ samples, launches and ratios, loads, peers' layouts, the picture.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import weakref
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from penstock.bench.gpu import bench, clock, launches, plot, report, skew, start
 from penstock.bench.gpu.ceilings import Ceilings
 from penstock.bench.gpu.formulas import Work, bytes_of_experts, work_of_launches
 from penstock.bench.gpu.memory import Memory
+from penstock.bench.gpu.runs import Replay
 from penstock.bench.peers import by_name, own_layout, penstock_engine, torch_loop
 from penstock.bench.problem import Problem, Tensors, cast, make_tensors
 from penstock.bench.shapes import Shape, known_shapes
@@ -78,6 +83,26 @@ def test_a_wrong_peer_gets_no_figures(stubs):
     row, yard = bench.bench_shape(Problem(SMALL, "float32"), peers, SESSION)
     assert row["verified"] is False and "total_ms" not in row and "total_ms" in yard
     assert any("wrong" in line for line in report.shape_lines([row, yard])[3:])
+
+
+def test_a_replay_keeps_no_graph_of_autograd(monkeypatch):
+    """Kept, it would bind the leaves' gradients to the capture's stream in every later step."""
+    for name in ("Stream", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    leaf, outputs = torch.ones(3, requires_grad=True), []
+
+    def forward():
+        output = leaf * 2
+        outputs.append(weakref.ref(output))
+        return output
+
+    replay = Replay(forward)
+    gc.collect()
+    assert len(outputs) == 3 and not any(output() is not None for output in outputs)
+    replay()
+    assert len(outputs) == 3
 
 
 def test_rows_of_decoding(stubs):

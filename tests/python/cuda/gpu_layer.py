@@ -65,6 +65,14 @@ def make_inputs(shape, dtype: str, *, seed: int = 0, bias: bool = False) -> dict
     return inputs | {"d_output": draw(num_tokens, d).detach()}
 
 
+def own_leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same memory as other tensors, which want gradients where the given ones do."""
+    return {
+        name: tensor.detach().requires_grad_(tensor.requires_grad)
+        for name, tensor in inputs.items()
+    }
+
+
 def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """What has a gradient."""
     return {name: tensor for name, tensor in inputs.items() if name != "d_output"}

@@ -145,11 +145,27 @@ def test_memory_is_what_the_formulas_say(save, dtype) -> None:
     assert functional.workspace_bytes(shape, "backward", **sizes) in log.sizes
 
 
-def test_sizes_that_are_no_multiple_of_the_granule_are_refused(dtype) -> None:
-    for d, n in ((GRANULE + 4, GRANULE), (GRANULE, GRANULE + 1)):
-        shape = (16, d, n, 4, 2)
-        with pytest.raises(penstock.UnsupportedError, match="multiple of 8|multiples of 8"):
-            step(make_inputs(shape, dtype), 2)
+@pytest.mark.parametrize(("d", "n"), [(GRANULE + 4, GRANULE), (GRANULE, GRANULE + 1)])
+def test_sizes_that_are_no_multiple_of_the_granule_are_refused(d, n, dtype) -> None:
+    """By the layer with its router, whose product has d as well, and by the experts alone."""
+    inputs = make_inputs((16, d, n, 4, 2), dtype)
+    with pytest.raises(penstock.UnsupportedError, match="multiples? of 8"):
+        step(inputs, 2)
+    ids = torch.arange(32, dtype=torch.int32, device="cuda").view(16, 2) % 4
+    scores = torch.full((16, 2), 0.5, device="cuda")
+    with pytest.raises(penstock.UnsupportedError, match="multiples? of 8"):
+        functional.moe_experts(inputs["x"], inputs["w1"], inputs["w2"], scores, ids)
+
+
+def test_a_router_of_a_size_that_is_refused_names_the_size(dtype) -> None:
+    """Both passes, for x that is contiguous: the size is at fault, not the layout."""
+    inputs = make_inputs((16, GRANULE + 4, GRANULE, 4, 2), dtype)
+    x, weight = inputs["x"].detach(), inputs["router_weight"].detach()
+    with pytest.raises(penstock.UnsupportedError, match="hidden_size: got 12"):
+        functional.router_logits(x, weight)
+    dlogits = torch.zeros(16, 4, device="cuda")
+    with pytest.raises(penstock.UnsupportedError, match="hidden_size: got 12"):
+        functional.router_logits_backward(dlogits, x, weight)
 
 
 @pytest.mark.parametrize("wide", ["float32", "float64"])

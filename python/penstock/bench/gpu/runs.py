@@ -45,7 +45,11 @@ def eager(peer: Peer, problem: Problem, tensors: Tensors) -> Eager:
 
 
 class Replay:
-    """A captured action: calling it replays; the results lie where the capture put them."""
+    """A captured action: calling it replays its launches.
+
+    The results are not kept: they may hold an autograd graph, which would bind the leaves'
+    gradients to the capture's stream in every later step. Their memory stays the captured graph's.
+    """
 
     def __init__(self, action: Action) -> None:
         import torch
@@ -58,7 +62,7 @@ class Replay:
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self.results = action()
+            action()
 
     def __call__(self) -> None:
         """One replay on the current stream."""

@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <string>
+
 #include "backends/cuda/gemm/config.h"
 #include "backends/cuda/gemm/products.h"
 #include "penstock/error.h"
@@ -21,6 +23,17 @@ void by_dtype(DType dtype, void (*bf16)(const Args&, const Context&),
   if (dtype == DType::float16) return fp16(args, context);
   throw Error(ErrorCode::unsupported, {"dtype", std::string(name_of(dtype)), "bfloat16 or float16",
                                        "Convert the tensors, or run on the CPU."});
+}
+
+// The experts' problem names its sizes to the backend before a call; the router's does not, and a
+// tensor map would blame the strides of x. fp32 has kernels of its own, for any size.
+void require_router_size(const TensorView& x) {
+  constexpr int64_t kGranule = 8;  // 16 bytes, what a tensor map's rows are multiples of
+  if (x.size(1) % kGranule != 0)
+    throw Error(ErrorCode::unsupported,
+                {"hidden_size", std::to_string(x.size(1)),
+                 "a multiple of 8 for a router in " + std::string(name_of(x.dtype)),
+                 "Pad x and the router's weight, pass them in float32, or run on the CPU."});
 }
 
 }  // namespace
@@ -73,11 +86,13 @@ void launch_weight_gradient(const WeightGradientArgs& args, const Context& conte
 
 void launch_router_logits(const RouterLogitsArgs& args, const Context& context) {
   if (args.x.dtype == DType::float32) return router_logits<float>(args, context);
+  require_router_size(args.x);
   by_dtype(args.x.dtype, router_logits<__nv_bfloat16>, router_logits<__half>, args, context);
 }
 
 void launch_router_logits_backward(const RouterLogitsBackwardArgs& args, const Context& context) {
   if (args.x.dtype == DType::float32) return router_logits_backward<float>(args, context);
+  require_router_size(args.x);
   by_dtype(args.x.dtype, router_logits_backward<__nv_bfloat16>, router_logits_backward<__half>,
            args, context);
 }
