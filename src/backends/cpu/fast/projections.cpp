@@ -27,6 +27,12 @@ class StoreRows final : public Epilogue {
     }
   }
 
+  SumRows destination(const Chunk& block) const override {
+    if (output_.type() != Element::f32 || bias_.present()) return {};
+    return {static_cast<float*>(output_.at(block.row_begin, block.col_begin)),
+            output_.row_stride()};
+  }
+
  private:
   const RowKernels& kernels_;
   StorageRows output_;

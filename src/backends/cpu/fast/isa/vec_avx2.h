@@ -64,6 +64,8 @@ struct Avx2Vec : Avx2Octets {
   static F zero() { return F{}; }
   static F load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
+  static void store_past_caches(float* to, F value) { _mm256_stream_ps(to, value); }
+  static void order_stores() { _mm_sfence(); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static I round_to_int(F x) { return reinterpret_cast<I>(_mm256_cvtps_epi32(x)); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }

@@ -85,6 +85,8 @@ struct PortableVec {
   }
   static void store(float* to, F value) { __builtin_memcpy(to, &value, sizeof value); }
 
+  static void store_past_caches(float* to, F value) { store(to, value); }
+  static void order_stores() {}
   static F fma(F a, F b, F c) { return a * b + c; }
   static I round_to_int(F x) {
     // 1.5 * 2^23 has a unit in the last place of 1: adding it rounds to nearest even.

@@ -78,13 +78,29 @@ TEST_P(FastOperations, AgreeForUnevenLoads) {
 
 TEST_P(FastOperations, AgreeOverManyBlocksOfK) {
   for (DType dtype : kDTypes) {
-    LayerSpec spec = spec_of(40, 530, 270, 5, 2);
+    LayerSpec spec = spec_of(8, 1030, 530, 2, 1);
     spec.dtype = dtype;
     check(spec);
     spec = spec_of(1100, 24, 17, 3, 1);  // k of the weights' gradients is the rows
     spec.dtype = dtype;
     spec.load = Load::one_expert;
     check(spec);
+  }
+}
+
+// Sums are built in the outputs, past the caches where they are gradients; experts with few rows
+// and with many take different sides of a product.
+TEST_P(FastOperations, AgreeWhereOutputsAreWholePanels) {
+  for (DType dtype : kDTypes) {
+    for (int64_t tokens : {40, 300, 600}) {
+      for (GradMode mode : {GradMode::overwrite, GradMode::accumulate}) {
+        LayerSpec spec = spec_of(tokens, 128, 64, 3, 2);
+        spec.dtype = dtype;
+        spec.load = Load::skewed;
+        spec.grad_mode = mode;
+        check(spec);
+      }
+    }
   }
 }
 
