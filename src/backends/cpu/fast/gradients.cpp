@@ -53,10 +53,10 @@ class StoreGradient final : public Epilogue {
       return {};
     const int64_t half = block.row_begin / half_size_;
     const GroupedMatrix& out = args_.out[static_cast<size_t>(half)];
-    if (out.dtype != DType::float32 || out.col_stride != 1) return {};
+    if (out.col_stride != 1) return {};
     const int64_t row = block.row_begin - half * half_size_;
     if (row + block.rows > half_size_ && !halves_are_one_matrix()) return {};
-    return {static_cast<float*>(at(out, block.expert, row, block.col_begin)), out.row_stride,
+    return {at(out, block.expert, row, block.col_begin), element_of(out.dtype), out.row_stride,
             NextUse::distant};
   }
 

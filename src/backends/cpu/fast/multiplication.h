@@ -63,12 +63,14 @@ class Multiplication {
     int64_t begin;  // within the expert
     int64_t rows;
   };
-  // Where a task's sums are built.
-  enum class Sums : uint8_t { in_scratch, in_output, in_distant_output };
+  // Where a task's sums go: to scratch and then to the epilogue, or directly to the output.
+  enum class Sums : uint8_t { in_scratch, in_output, past_caches, rounded, rounded_past_caches };
   struct Task {
     Chunk whole = {};
     Sums sums = Sums::in_scratch;
     uint32_t* scratch = nullptr;
+    void* c = nullptr;  // row 0 of the sums
+    int64_t bytes_of_sum = sizeof(float);
   };
   struct Step {  // one block of k
     const GroupedProduct::Segment* segment;

@@ -104,8 +104,19 @@ void Multiplication::pack_right(const Task& task, const Step& step) const {
 
 TileMode Multiplication::tile_mode(const Task& task, const Step& step) const {
   if (!step.first) return TileMode::add;
-  const bool written_once = step.last && task.sums == Sums::in_distant_output;
-  return written_once ? TileMode::store_past_caches : TileMode::store;
+  if (!step.last) return TileMode::store;
+  switch (task.sums) {
+    case Sums::in_scratch:
+    case Sums::in_output:
+      return TileMode::store;
+    case Sums::past_caches:
+      return TileMode::store_past_caches;
+    case Sums::rounded:
+      return TileMode::round_to_bf16;
+    case Sums::rounded_past_caches:
+      return TileMode::round_to_bf16_past_caches;
+  }
+  return TileMode::store;
 }
 
 void Multiplication::run_step(const Task& task, const Step& step) const {
@@ -133,7 +144,7 @@ void Multiplication::run_step(const Task& task, const Step& step) const {
       gemm_.pack_a(left);
     }
     multiply.rows = left.outer_count;
-    multiply.c = whole.row(i);
+    multiply.c = static_cast<char*>(task.c) + i * whole.row_stride * task.bytes_of_sum;
     gemm_.multiply(multiply);
     if (!step.last || task.sums != Sums::in_scratch) continue;
     Chunk chunk = whole;
@@ -201,21 +212,32 @@ void Multiplication::finish_few_rows(const Task& task) const {
   }
 }
 
-// In the output itself where nothing is to be done to them and whole panels fit.
+// In the output itself where nothing else is to be done to them and whole panels fit. What is
+// rounded must be finished in one step.
 void Multiplication::place_sums(Task& task) const {
   Chunk& whole = task.whole;
   whole.band_stride = round_up(whole.cols, gemm_.nr);
   whole.row_stride = product_.num_bands * whole.band_stride;
   whole.sums = reinterpret_cast<float*>(task.scratch + layout_.c_begin);
-  if (whole.band_stride != whole.cols) return;
+  task.c = whole.sums;
   const SumRows output = epilogue_.destination(whole);
-  if (output.data == nullptr) return;
-  whole.sums = output.data;
+  const int64_t k = total_k(whole.expert);
+  const bool one_step = product_.num_segments == 1 && k > 0 && k <= gemm_.k_block;
+  const bool fits = output.type == Element::f32 || (output.type == Element::bf16 && one_step);
+  if (output.data == nullptr || !fits || whole.band_stride != whole.cols) return;
+  task.c = output.data;
+  task.bytes_of_sum = size_of(output.type);
   whole.row_stride = output.row_stride;
-  const bool on_lines =
-      reinterpret_cast<uintptr_t>(output.data) % 64 == 0 && output.row_stride % kLine == 0;
-  task.sums =
-      output.next_use == NextUse::distant && on_lines ? Sums::in_distant_output : Sums::in_output;
+  const bool on_lines = reinterpret_cast<uintptr_t>(output.data) % 64 == 0 &&
+                        output.row_stride * task.bytes_of_sum % 64 == 0;
+  const bool past_caches = output.next_use == NextUse::distant && on_lines;
+  if (output.type == Element::f32) {
+    whole.sums = static_cast<float*>(output.data);
+    task.sums = past_caches ? Sums::past_caches : Sums::in_output;
+  } else {
+    whole.sums = nullptr;
+    task.sums = past_caches ? Sums::rounded_past_caches : Sums::rounded;
+  }
 }
 
 void Multiplication::run_task(int64_t index, uint32_t* scratch) const {

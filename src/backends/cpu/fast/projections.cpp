@@ -28,9 +28,8 @@ class StoreRows final : public Epilogue {
   }
 
   SumRows destination(const Chunk& block) const override {
-    if (output_.type() != Element::f32 || bias_.present()) return {};
-    return {static_cast<float*>(output_.at(block.row_begin, block.col_begin)),
-            output_.row_stride()};
+    if (bias_.present()) return {};
+    return {output_.at(block.row_begin, block.col_begin), output_.type(), output_.row_stride()};
   }
 
  private:

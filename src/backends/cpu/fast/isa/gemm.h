@@ -9,6 +9,7 @@
 
 #include "backends/cpu/fast/isa/kernels.h"
 #include "backends/cpu/fast/isa/pack.h"
+#include "backends/cpu/fast/isa/sums.h"
 
 namespace penstock::cpu::fast {
 namespace {
@@ -31,7 +32,7 @@ struct Gemm {
     int64_t a_step;          // bytes from a row's word to the next
     const float* b;
     int64_t words;
-    float* c;
+    void* c;
     int64_t ldc;
     TileMode mode;
   };
@@ -56,7 +57,8 @@ struct Gemm {
 #pragma GCC unroll 4
       for (int v = 0; v < kCols; ++v) sums[i][v] = V::zero();
       a[i] = static_cast<const char*>(tile.a[i]);
-      if (tile.mode != TileMode::store_past_caches) __builtin_prefetch(tile.c + i * tile.ldc, 1);
+      if (tile.mode == TileMode::store || tile.mode == TileMode::add)
+        __builtin_prefetch(static_cast<float*>(tile.c) + i * tile.ldc, 1);
     }
     const float* b = tile.b;
     int64_t at = 0;
@@ -81,18 +83,7 @@ struct Gemm {
         b += kNr;
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kCols; ++v) {
-        float* c = tile.c + i * tile.ldc + v * V::kWidth;
-        if (tile.mode == TileMode::store_past_caches) {
-          V::store_past_caches(c, sums[i][v]);
-        } else {
-          V::store(c, tile.mode == TileMode::add ? V::load(c) + sums[i][v] : sums[i][v]);
-        }
-      }
-    }
+    put_sums<V>({tile.c, tile.ldc, tile.mode}, sums);
   }
 
   // Calls multiply_tile<rows, kCols>, 1 <= rows <= kRows.
@@ -121,13 +112,13 @@ struct Gemm {
 
   // One panel of columns, of which kCols vectors are wanted.
   template <int kCols>
-  static void multiply_panel(const BlockArgs& args, const uint32_t* b, float* c) {
+  static void multiply_panel(const BlockArgs& args, const uint32_t* b, int64_t j) {
     for (int64_t i = 0; i < args.rows; i += kMr) {
       const int64_t rows = args.rows - i;
       Tile tile;
       tile.b = reinterpret_cast<const float*>(b);
       tile.words = args.words;
-      tile.c = c + i * args.ldc;
+      tile.c = static_cast<char*>(args.c) + (i * args.ldc + j) * bytes_of_sum(args.mode);
       tile.ldc = args.ldc;
       tile.mode = args.mode;
       point_at_rows(args, i, rows, tile);
@@ -137,21 +128,21 @@ struct Gemm {
 
   // Calls multiply_panel<vectors>, 1 <= vectors <= kCols.
   template <int kCols>
-  static void multiply_vectors(const BlockArgs& args, const uint32_t* b, float* c,
+  static void multiply_vectors(const BlockArgs& args, const uint32_t* b, int64_t j,
                                int64_t vectors) {
     if constexpr (kCols > 1) {
-      if (vectors < kCols) return multiply_vectors<kCols - 1>(args, b, c, vectors);
+      if (vectors < kCols) return multiply_vectors<kCols - 1>(args, b, j, vectors);
     }
-    multiply_panel<kCols>(args, b, c);
+    multiply_panel<kCols>(args, b, j);
   }
 
   static void multiply(const BlockArgs& args) {
     const uint32_t* b = args.b;
     for (int64_t j = 0; j < args.cols; j += kNr, b += args.b_panel_stride) {
       const int64_t vectors = (args.cols - j + V::kWidth - 1) / V::kWidth;
-      multiply_vectors<kVectors>(args, b, args.c + j, vectors);
+      multiply_vectors<kVectors>(args, b, j, vectors);
     }
-    if (args.mode == TileMode::store_past_caches) V::order_stores();
+    V::order_stores();
   }
 
   static constexpr GemmKernels kernels() {

@@ -45,8 +45,15 @@ struct PackArgs {
   int64_t panel_stride;  // in words
 };
 
-// store_past_caches: c will not be read soon. It and ldc are whole cache lines then.
-enum class TileMode : uint8_t { store, store_past_caches, add };
+// What becomes of a block's sums. Past the caches: c will not be read soon; it and ldc are whole
+// cache lines then.
+enum class TileMode : uint8_t {
+  store,
+  add,
+  store_past_caches,
+  round_to_bf16,
+  round_to_bf16_past_caches,
+};
 
 // c(i, j) = or += sum_k a(i, k) b(j, k): one chain of multiply-adds over k for each element, the
 // same wherever the element sits. Columns of c up to a multiple of nr are written.
@@ -61,8 +68,8 @@ struct BlockArgs {
   int64_t words;  // of k, in a panel
   int64_t rows;
   int64_t cols;
-  float* c;
-  int64_t ldc;
+  void* c;      // floats, or bf16 where mode rounds to it
+  int64_t ldc;  // in elements
   TileMode mode;
 };
 

@@ -107,6 +107,7 @@ struct PortableVec {
     const U result = value == value ? rounded : quiet;
     for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(result[i]);
   }
+  static void store_bf16_past_caches(uint16_t* to, F value) { store_bf16(to, value); }
   static F load_f16(const uint16_t* from) {
     F result = {};
     for (int i = 0; i < kLanes; ++i) result[i] = f16_to_float(from[i]);
