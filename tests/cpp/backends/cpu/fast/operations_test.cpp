@@ -92,16 +92,18 @@ TEST_P(FastOperations, AgreeOverManyBlocksOfK) {
 // and with many take different sides of a product.
 TEST_P(FastOperations, AgreeWhereOutputsAreWholePanels) {
   for (DType dtype : kDTypes) {
-    for (int64_t tokens : {40, 300, 600}) {
-      for (GradMode mode : {GradMode::overwrite, GradMode::accumulate}) {
-        LayerSpec spec = spec_of(tokens, 128, 64, 3, 2);
-        spec.dtype = dtype;
-        spec.load = Load::skewed;
-        spec.grad_mode = mode;
-        check(spec);
-      }
-    }
+    LayerSpec spec = spec_of(40, 128, 64, 3, 2);
+    spec.dtype = dtype;
+    spec.load = Load::skewed;
+    check(spec);
+    spec.tokens = 300;
+    check(spec);
+    spec.grad_mode = GradMode::accumulate;
+    check(spec);
   }
+  // More than one block of k in a weight's gradient.
+  LayerSpec spec = spec_of(600, 64, 64, 1, 1);
+  check(spec);
 }
 
 TEST_P(FastOperations, AgreeWithNoTokens) { check(spec_of(0, 24, 16, 3, 2)); }
