@@ -8,6 +8,7 @@
 #include "penstock/dtype.h"
 #include "penstock/error.h"
 #include "penstock/experts.h"
+#include "penstock/memory.h"
 #include "penstock/routing.h"
 #include "penstock/tensor.h"
 #include "penstock/version.h"

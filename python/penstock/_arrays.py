@@ -117,7 +117,7 @@ class TorchArrays:
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A tensor whose elements are undefined."""
-        return like.new_empty(shape, dtype=torch_dtype(dtype))
+        return _on_large_pages(like.new_empty(shape, dtype=torch_dtype(dtype)))
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
@@ -127,12 +127,21 @@ class TorchArrays:
     @staticmethod
     def workspace(num_bytes: int, like: Any) -> Any:
         """Scratch memory, from torch's allocator so that its statistics and hooks see it."""
-        return like.new_empty((num_bytes,), dtype=torch_dtype("uint8"))
+        return _on_large_pages(like.new_empty((num_bytes,), dtype=torch_dtype("uint8")))
 
     @staticmethod
     def uint16_as(tensor: Any) -> str:
         """Torch has bfloat16: uint16 tensors are refused."""
         return ""
+
+
+def _on_large_pages(tensor: Any) -> Any:
+    """The same new tensor, on large pages if it is large and on the CPU; NumPy does so itself."""
+    if tensor.device.type == "cpu":
+        from penstock._library import library
+
+        library().prefer_large_pages(tensor)
+    return tensor
 
 
 def torch_dtype(name: str) -> Any:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exports that answer questions: version, backends, sizes. None of them touches a tensor's data.
+// Exports that answer questions: version, backends, sizes; and a hint about memory.
+// None of them reads or writes a tensor's data.
 // Called by python/penstock/_library.py.
 #include "ffi/convert.h"
 
@@ -75,6 +76,13 @@ int64_t plan_bytes(CallContext call, Problem problem) {
   });
 }
 
+void large_pages(ffi::Tensor tensor) {
+  guarded([&] {
+    const TensorView view = view_of(tensor, "tensor", DType::bfloat16);
+    prefer_large_pages(view.data, view.numel() * size_of(view.dtype));
+  });
+}
+
 }  // namespace
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version);
@@ -89,5 +97,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_weights_workspace_bytes,
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(saved_bytes, saved);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(router_workspace_bytes, router_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_workspace_bytes, plan_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefer_large_pages, large_pages);
 
 }  // namespace penstock::binding

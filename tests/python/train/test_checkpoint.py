@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import quiet_session, tiny_config
+from tiny import quiet_session, tiny_config
 
 from penstock.train import checkpoint, config, loop
 from penstock.train.checkpoint import Progress, Training

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_OPTIONS, train_command
 from matplotlib import image
+from tiny import TINY_OPTIONS, train_command
 
 from penstock import cli
 from penstock.train import checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, tiny_config
+from tiny import TINY, tiny_config
 
 import penstock
 from penstock.train.baselines import unigram_loss

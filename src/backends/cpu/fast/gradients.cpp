@@ -48,7 +48,27 @@ class StoreGradient final : public Epilogue {
     }
   }
 
+  SumRows destination(const Chunk& block) const override {
+    if (args_.mode == GradMode::accumulate || orientation_ == Orientation::rows_are_right)
+      return {};
+    const int64_t half = block.row_begin / half_size_;
+    const GroupedMatrix& out = args_.out[static_cast<size_t>(half)];
+    if (out.col_stride != 1) return {};
+    const int64_t row = block.row_begin - half * half_size_;
+    if (row + block.rows > half_size_ && !halves_are_one_matrix()) return {};
+    return {at(out, block.expert, row, block.col_begin), element_of(out.dtype), out.row_stride,
+            NextUse::distant};
+  }
+
  private:
+  // Whether the second half's rows follow the first's in memory.
+  bool halves_are_one_matrix() const {
+    const GroupedMatrix& first = args_.out[0];
+    const GroupedMatrix& second = args_.out[1];
+    return second.data == at(first, 0, half_size_, 0) && second.row_stride == first.row_stride &&
+           second.expert_stride == first.expert_stride;
+  }
+
   struct Values {
     float* data;
     int64_t count;

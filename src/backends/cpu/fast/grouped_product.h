@@ -94,9 +94,21 @@ struct Chunk {
   }
 };
 
+// Contiguous rows to which an epilogue would do no more than round a block of sums.
+enum class NextUse : uint8_t { soon, distant };
+struct SumRows {
+  void* data = nullptr;  // null: there are none
+  Element type = Element::f32;
+  int64_t row_stride = 0;
+  NextUse next_use = NextUse::soon;
+};
+
 class Epilogue {
  public:
   virtual void apply(const Chunk& chunk) const = 0;
+  // Where the sums of the block may go directly, so that `apply` has nothing left to do. `block`
+  // has no sums yet.
+  virtual SumRows destination(const Chunk& block) const;
   // Whether an expert's product is not wanted; k is its number of rows where k is kExpertRows.
   virtual bool skips(int64_t expert, int64_t k) const;
 

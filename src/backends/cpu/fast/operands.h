@@ -17,19 +17,20 @@ class StorageRows {
   explicit StorageRows(const TensorView& tensor)
       : data_(static_cast<char*>(tensor.data)),
         type_(element_of(tensor.dtype)),
-        row_bytes_(tensor.present() ? tensor.stride(0) * size_of(tensor.dtype) : 0),
+        row_stride_(tensor.present() ? tensor.stride(0) : 0),
         element_bytes_(size_of(tensor.dtype)) {}
 
   bool present() const { return data_ != nullptr; }
   Element type() const { return type_; }
+  int64_t row_stride() const { return row_stride_; }
   void* at(int64_t row, int64_t col) const {
-    return data_ + row * row_bytes_ + col * element_bytes_;
+    return data_ + (row * row_stride_ + col) * element_bytes_;
   }
 
  private:
   char* data_;
   Element type_;
-  int64_t row_bytes_;
+  int64_t row_stride_;  // in elements
   int64_t element_bytes_;
 };
 

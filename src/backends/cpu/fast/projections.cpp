@@ -27,6 +27,11 @@ class StoreRows final : public Epilogue {
     }
   }
 
+  SumRows destination(const Chunk& block) const override {
+    if (bias_.present()) return {};
+    return {output_.at(block.row_begin, block.col_begin), output_.type(), output_.row_stride()};
+  }
+
  private:
   const RowKernels& kernels_;
   StorageRows output_;

@@ -11,6 +11,7 @@
 
 #include "backends/cpu/fast/isa/kernels.h"
 #include "backends/cpu/fast/isa/pack.h"
+#include "backends/cpu/fast/isa/sums.h"
 
 namespace penstock::cpu::fast {
 namespace {
@@ -112,7 +113,7 @@ struct AmxGemm {
     const uint32_t* b;
     int64_t words;
     int64_t rows;
-    float* c;
+    void* c;
     int64_t ldc;
     TileMode mode;
   };
@@ -133,9 +134,9 @@ struct AmxGemm {
     }
     for (int64_t i = 0; i < panel.rows; ++i) {
       for (int64_t j = 0; j < kAmxPanel; j += V::kWidth) {
-        float* c = panel.c + i * panel.ldc + j;
-        const F sum = V::load(sums + i * kAmxPanel + j);
-        V::store(c, panel.mode == TileMode::add ? V::load(c) + sum : sum);
+        const F sum[1][1] = {{V::load(sums + i * kAmxPanel + j)}};
+        char* const c = static_cast<char*>(panel.c);
+        put_sums<V>({c + (i * panel.ldc + j) * bytes_of_sum(panel.mode), 0, panel.mode}, sum);
       }
     }
   }
@@ -148,10 +149,12 @@ struct AmxGemm {
       for (int64_t i = 0; i < args.rows; i += kAmxPanel, a += args.a_panel_stride) {
         const int64_t left = args.rows - i;
         const int64_t rows = left < kAmxPanel ? left : kAmxPanel;
-        multiply_panel({a, b, args.words, rows, args.c + i * args.ldc + j, args.ldc, args.mode});
+        char* const c = static_cast<char*>(args.c) + (i * args.ldc + j) * bytes_of_sum(args.mode);
+        multiply_panel({a, b, args.words, rows, c, args.ldc, args.mode});
       }
     }
     Tiles::end();
+    V::order_stores();
   }
 
   static constexpr GemmKernels kernels() {
@@ -161,6 +164,7 @@ struct AmxGemm {
     result.k_block = 512;
     result.k_per_word = 2;
     result.word_unit = kTileSide;
+    result.left_rows = LeftRows::packed;
     result.pack_a = RowPacker<V>::pack;
     result.pack_b = pack_whole_steps<V>;
     result.multiply = multiply;

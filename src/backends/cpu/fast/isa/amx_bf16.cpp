@@ -67,7 +67,7 @@ struct AmxTiles {
 
 const IsaKernels& amx_bf16_kernels() {
   using V = Avx512Vec;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 14, 2>::kernels(),
+  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 6, 4>::kernels(),
                                          AmxGemm<V, AmxTiles>::kernels(), Rows<V>::kernels()};
   return kernels;
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Kernels for AVX-512 F, BW, DQ, VL. 14 x 32 tiles: 28 of 32 registers accumulate.
+// Kernels for AVX-512 F, BW, DQ, VL. 6 x 64 tiles: 24 of 32 registers accumulate.
 #include "backends/cpu/fast/isa/gemm.h"
 #include "backends/cpu/fast/isa/rows.h"
 #include "backends/cpu/fast/isa/vec_avx512.h"
@@ -10,7 +10,7 @@ namespace penstock::cpu::fast {
 const IsaKernels& avx512_kernels() {
   using V = Avx512Vec;
   static constexpr IsaKernels kernels = {
-      Gemm<V, FloatProduct<V>, 14, 2>::kernels(), {}, Rows<V>::kernels()};
+      Gemm<V, FloatProduct<V>, 6, 4>::kernels(), {}, Rows<V>::kernels()};
   return kernels;
 }
 

@@ -21,8 +21,8 @@ struct Bf16PairProduct {
 
 const IsaKernels& avx512_bf16_kernels() {
   using V = Avx512Vec;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 14, 2>::kernels(),
-                                         Gemm<V, Bf16PairProduct, 14, 2>::kernels(),
+  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 6, 4>::kernels(),
+                                         Gemm<V, Bf16PairProduct, 6, 4>::kernels(),
                                          Rows<V>::kernels()};
   return kernels;
 }

@@ -45,22 +45,36 @@ struct PackArgs {
   int64_t panel_stride;  // in words
 };
 
-enum class TileMode : uint8_t { store, add };
+// What becomes of a block's sums. Past the caches: c will not be read soon; it and ldc are whole
+// cache lines then.
+enum class TileMode : uint8_t {
+  store,
+  add,
+  store_past_caches,
+  round_to_bf16,
+  round_to_bf16_past_caches,
+};
 
 // c(i, j) = or += sum_k a(i, k) b(j, k): one chain of multiply-adds over k for each element, the
 // same wherever the element sits. Columns of c up to a multiple of nr are written.
+//
+// a is packed, or read where it is: then a_rows[i] is where row i's consecutive words of k begin.
 struct BlockArgs {
   const uint32_t* a;
   int64_t a_panel_stride;
+  const void* const* a_rows;  // null: packed
   const uint32_t* b;
   int64_t b_panel_stride;
   int64_t words;  // of k, in a panel
   int64_t rows;
   int64_t cols;
-  float* c;
-  int64_t ldc;
+  void* c;      // floats, or bf16 where mode rounds to it
+  int64_t ldc;  // in elements
   TileMode mode;
 };
+
+// How multiply takes the left operand.
+enum class LeftRows : uint8_t { packed, packed_or_in_place };
 
 struct GemmKernels {
   int64_t mr;             // width of a's panels
@@ -70,6 +84,7 @@ struct GemmKernels {
   int64_t word_unit;      // words of k in a panel are filled up with zeros to a multiple of this
   int64_t a_panel_spill;  // words past the end of a panel that packing may overwrite
   int64_t b_panel_spill;
+  LeftRows left_rows;
   void (*pack_a)(const PackArgs& args);
   void (*pack_b)(const PackArgs& args);
   void (*multiply)(const BlockArgs& args);

@@ -55,7 +55,8 @@ struct Packer {
   using Octet = typename V::Octet;
   static constexpr int kGroups = (kPanel + 7) / 8;
   static constexpr int kSpan = 8 * Words::kPerWord;  // elements of k in an octet along k
-  static constexpr int64_t kLineWords = 64 / static_cast<int64_t>(sizeof(Elem)) / Words::kPerWord;
+  static constexpr int64_t kLineElements = 64 / static_cast<int64_t>(sizeof(Elem));
+  static constexpr int64_t kLineWords = kLineElements / Words::kPerWord;
   static constexpr Elem kZeros[1] = {};  // stands for the partner of the last k of an odd count
 
   static const Elem* outer_at(const PackArgs& args, int64_t o) {
@@ -179,8 +180,10 @@ struct Packer {
       const bool whole = args.outer_stride == 1 && high[steps - 1] != kZeros;
       uint32_t* panel = args.panels + begin * kPanel;
       for (int64_t o = 0; o < args.outer_count; o += kPanel, panel += args.panel_stride) {
-        for (int64_t step = 0; step < kSteps; ++step)
-          __builtin_prefetch(ahead[step] + o * args.outer_stride);
+        for (int64_t step = 0; step < kSteps; ++step) {
+          for (int64_t line = 0; line < kPanel; line += kLineElements)
+            __builtin_prefetch(ahead[step] + (o + line) * args.outer_stride);
+        }
         if (whole && steps == kSteps && o + kGroups * 8 <= args.outer_count) {
 #pragma GCC unroll 8
           for (int64_t step = 0; step < kSteps; ++step)

@@ -64,19 +64,25 @@ struct Avx2Vec : Avx2Octets {
   static F zero() { return F{}; }
   static F load(const float* from) { return _mm256_loadu_ps(from); }
   static void store(float* to, F value) { _mm256_storeu_ps(to, value); }
+  static void store_past_caches(float* to, F value) { _mm256_stream_ps(to, value); }
+  static void order_stores() { _mm_sfence(); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static I round_to_int(F x) { return reinterpret_cast<I>(_mm256_cvtps_epi32(x)); }
   static F to_float(I x) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(x)); }
 
   static F load_bf16(const uint16_t* from) { return reinterpret_cast<F>(octet_bf16(from)); }
-  static void store_bf16(uint16_t* to, F value) {
+  static __m128i round_to_bf16(F value) {
     const U bits = reinterpret_cast<U>(value);
     const U rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const U result = value == value ? rounded : (bits >> 16 | 0x40u);
     const __m256i words = reinterpret_cast<__m256i>(result);
-    const __m128i low = _mm256_castsi256_si128(words);
-    const __m128i high = _mm256_extracti128_si256(words, 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(low, high));
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  static void store_bf16(uint16_t* to, F value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), round_to_bf16(value));
+  }
+  static void store_bf16_past_caches(uint16_t* to, F value) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), round_to_bf16(value));
   }
   static F load_f16(const uint16_t* from) { return _mm256_cvtph_ps(half_octet(from)); }
   static void store_f16(uint16_t* to, F value) {

@@ -85,6 +85,8 @@ struct PortableVec {
   }
   static void store(float* to, F value) { __builtin_memcpy(to, &value, sizeof value); }
 
+  static void store_past_caches(float* to, F value) { store(to, value); }
+  static void order_stores() {}
   static F fma(F a, F b, F c) { return a * b + c; }
   static I round_to_int(F x) {
     // 1.5 * 2^23 has a unit in the last place of 1: adding it rounds to nearest even.
@@ -105,6 +107,7 @@ struct PortableVec {
     const U result = value == value ? rounded : quiet;
     for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(result[i]);
   }
+  static void store_bf16_past_caches(uint16_t* to, F value) { store_bf16(to, value); }
   static F load_f16(const uint16_t* from) {
     F result = {};
     for (int i = 0; i < kLanes; ++i) result[i] = f16_to_float(from[i]);

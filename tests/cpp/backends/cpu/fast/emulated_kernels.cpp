@@ -50,15 +50,15 @@ namespace penstock::cpu::fast_test {
 
 const fast::IsaKernels& emulated_avx512_bf16() {
   using namespace fast;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 14, 2>::kernels(),
-                                         Gemm<V, EmulatedPairProduct<V>, 14, 2>::kernels(),
+  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 6, 4>::kernels(),
+                                         Gemm<V, EmulatedPairProduct<V>, 6, 4>::kernels(),
                                          Rows<V>::kernels()};
   return kernels;
 }
 
 const fast::IsaKernels& emulated_amx_bf16() {
   using namespace fast;
-  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 14, 2>::kernels(),
+  static constexpr IsaKernels kernels = {Gemm<V, FloatProduct<V>, 6, 4>::kernels(),
                                          AmxGemm<V, EmulatedTiles>::kernels(), Rows<V>::kernels()};
   return kernels;
 }

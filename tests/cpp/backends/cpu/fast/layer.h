@@ -9,12 +9,27 @@
 
 #include <cstdint>
 #include <functional>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "backend/ops.h"
 
 namespace penstock::cpu::fast_test {
+
+// Cache lines, as torch allocates: stores past the caches are taken only there.
+template <typename T>
+struct LineAllocator {
+  using value_type = T;
+  LineAllocator() = default;
+  template <typename Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new (count * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* memory, size_t) { ::operator delete (memory, std::align_val_t{64}); }
+  friend bool operator==(const LineAllocator&, const LineAllocator&) { return true; }
+};
 
 // A contiguous array that owns its bytes. A default one is absent.
 class Tensor {
@@ -42,7 +57,7 @@ class Tensor {
  private:
   DType dtype_ = DType::float32;
   std::vector<int64_t> shape_;
-  std::vector<uint8_t> bytes_;
+  std::vector<uint8_t, LineAllocator<uint8_t>> bytes_;
 };
 
 enum class Biases : uint8_t { absent, present };

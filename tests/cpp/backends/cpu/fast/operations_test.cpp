@@ -78,7 +78,7 @@ TEST_P(FastOperations, AgreeForUnevenLoads) {
 
 TEST_P(FastOperations, AgreeOverManyBlocksOfK) {
   for (DType dtype : kDTypes) {
-    LayerSpec spec = spec_of(40, 530, 270, 5, 2);
+    LayerSpec spec = spec_of(8, 1030, 530, 2, 1);
     spec.dtype = dtype;
     check(spec);
     spec = spec_of(1100, 24, 17, 3, 1);  // k of the weights' gradients is the rows
@@ -86,6 +86,24 @@ TEST_P(FastOperations, AgreeOverManyBlocksOfK) {
     spec.load = Load::one_expert;
     check(spec);
   }
+}
+
+// Sums are built in the outputs, past the caches where they are gradients; experts with few rows
+// and with many take different sides of a product.
+TEST_P(FastOperations, AgreeWhereOutputsAreWholePanels) {
+  for (DType dtype : kDTypes) {
+    LayerSpec spec = spec_of(40, 128, 64, 3, 2);
+    spec.dtype = dtype;
+    spec.load = Load::skewed;
+    check(spec);
+    spec.tokens = 300;
+    check(spec);
+    spec.grad_mode = GradMode::accumulate;
+    check(spec);
+  }
+  // More than one block of k in a weight's gradient.
+  LayerSpec spec = spec_of(600, 64, 64, 1, 1);
+  check(spec);
 }
 
 TEST_P(FastOperations, AgreeWithNoTokens) { check(spec_of(0, 24, 16, 3, 2)); }
