@@ -140,6 +140,18 @@ int64_t router_scratch_bytes(const RouterProblem& problem, const Context&) {
   return router_products_scratch_bytes(problem);
 }
 
+std::string why_not_router(const RouteProblem& problem) {
+  const bool softmax = problem.kind == RouterKind::softmax_topk ||
+                       problem.kind == RouterKind::topk_softmax ||
+                       problem.kind == RouterKind::topk_softmax_normalized;
+  if (softmax && problem.selection == Selection::chosen) return {};
+  return "it has no kernel for " + std::string(name_of(problem.kind)) +
+         (softmax ? " with given ids" : "") +
+         "; choose by softmax, or bring ids and scores of your own";
+}
+
+int64_t route_scratch_bytes(const RouteProblem&, const Context&) { return 0; }
+
 const Backend kBackend = {
     .name = "cuda",
     .device = DeviceType::cuda,
@@ -148,8 +160,10 @@ const Backend kBackend = {
     .why_unavailable = why_unavailable,
     .why_not = why_not,
     .why_not_dtype = why_not_products_dtype,
+    .why_not_router = why_not_router,
     .scratch_bytes = scratch_bytes,
     .router_scratch_bytes = router_scratch_bytes,
+    .route_scratch_bytes = route_scratch_bytes,
     .plan_scratch_bytes = plan_scratch_bytes,
     .score_partials = score_partials,
     .tile_rows = tile_rows,
