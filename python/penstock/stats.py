@@ -10,15 +10,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from penstock import losses
+from penstock.routing import Routing, RoutingReport
 
 
 class MoEStats:
     """Loads and losses of one call of penstock.MoE; T tokens, E experts."""
 
-    def __init__(self, logits: Tensor, loads: Tensor, coefficients: tuple[float, float]) -> None:
+    def __init__(
+        self, logits: Tensor, loads: Tensor, coefficients: tuple[float, float], routing: Routing
+    ) -> None:
         self.logits = logits  # (T, E) fp32, with the router's graph
         self.loads = loads  # (E) int32: rows of each expert
         self.coefficients = coefficients  # of the auxiliary loss and of the z-loss
+        self.routing = routing.detach()  # who went where
+
+    @property
+    def report(self) -> RoutingReport | None:
+        """What was dropped, added and left without an expert; None where K is fixed."""
+        return None if self.routing.report is None else self.routing.read_report()
 
     @property
     def aux_loss(self) -> Tensor:
