@@ -51,6 +51,25 @@ class MoEStats:
         return total
 
     @property
+    def entropy(self) -> Tensor:
+        """losses.routing_entropy, a scalar in nats."""
+        return losses.routing_entropy(self.logits)
+
+    @property
+    def max_load_violation(self) -> Tensor:
+        """losses.max_load_violation, a scalar: 0 when balanced."""
+        return losses.max_load_violation(self.loads)
+
+    @property
+    def drop_rate(self) -> float:
+        """Pairs that lost their place over pairs chosen; 0 where K is fixed."""
+        report = self.report
+        if report is None:
+            return 0.0
+        chosen = report.pairs - report.added + report.dropped
+        return report.dropped / max(chosen, 1)
+
+    @property
     def idle_experts(self) -> Tensor:
         """How many experts got no row: a scalar int64."""
         return losses.idle_experts(self.loads)

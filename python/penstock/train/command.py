@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--clip", run.clip, "largest norm of the gradient")
     _number(group, "--aux-coefficient", run.aux_coefficient, "weight of the load-balancing loss")
     _number(group, "--z-coefficient", run.z_coefficient, "weight of the router's z-loss")
+    _number(group, "--bias-rate", run.bias_rate, "step of the bias of --router sigmoid_topk")
     _number(group, "--seed", run.seed)
     _number(group, "--eval-every", run.eval_every, "steps between evaluations")
     _number(group, "--checkpoint-every", run.checkpoint_every, "steps between checkpoints")
@@ -67,6 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--intermediate-size", model.intermediate_size, "width of one expert")
     _number(group, "--sequence", model.sequence, "bytes per window")
     _choice(group, "--router", model.router, configs.ROUTERS)
+    _number(group, "--tile", model.tile, "rows of a tile of token_rounding, 0 for the backend's")
+    _choice(group, "--rounding", model.rounding, configs.ROUNDING_MODES, "mode of token_rounding")
+    _number(group, "--threshold", model.threshold, "least score of --router threshold")
     _choice(group, "--save", model.save, configs.SAVE_POLICIES, "what forward keeps for backward")
 
 

@@ -22,6 +22,16 @@ ROTARY_BASE = 10000.0
 
 
 @dataclass(frozen=True)
+class RoutingMeasures:
+    """What the routers of the last call did: means over the MoE layers, of one call each."""
+
+    entropy: float  # nats of a token's softmax over the experts
+    max_violation: float  # the largest load over the mean, less 1; the worst layer's
+    drop_rate: float  # pairs that lost their place, of those chosen
+    without_expert: float  # tokens that no expert got, of all
+
+
+@dataclass(frozen=True)
 class RoutingLosses:
     """Sums over the MoE layers of their last call; zeros for the dense model."""
 
@@ -128,6 +138,22 @@ class LanguageModel(nn.Module):
             aux=sum((s.aux_loss for s in stats), zero), z=sum((s.z_loss for s in stats), zero)
         )
 
+    def routing_measures(self) -> RoutingMeasures:
+        """Entropy, violation and losses of the last call; zeros for the dense model."""
+        stats = [layer.stats for layer in self.moe_layers()]
+        if not stats:
+            return RoutingMeasures(0.0, 0.0, 0.0, 0.0)
+        count = len(stats)
+        without = [
+            s.report.tokens_without_expert / max(1, s.logits.shape[0]) for s in stats if s.report
+        ]
+        return RoutingMeasures(
+            entropy=sum(s.entropy.item() for s in stats) / count,
+            max_violation=max(s.max_load_violation.item() for s in stats),
+            drop_rate=sum(s.drop_rate for s in stats) / count,
+            without_expert=sum(without) / count,
+        )
+
     def expert_loads(self) -> Tensor:
         """(layers, E) int64 on the CPU: slots each expert got in the last call."""
         loads = [layer.stats.loads.detach().cpu().long() for layer in self.moe_layers()]
@@ -165,6 +191,7 @@ def _feed_forward(config: ModelConfig) -> nn.Module:
         config.top_k,
         activation="swiglu",
         router=config.router,
+        router_options=config.router_options(),
         save=config.save,
     )
 

@@ -9,6 +9,7 @@ with the same number of torch threads). No files, no printing. Driven by loop.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import penstock
+from penstock import balance
 from penstock.train.config import VOCABULARY, RunConfig
 from penstock.train.data import Corpus, training_windows
 from penstock.train.errors import TrainError
@@ -40,6 +42,10 @@ class StepResult:
     z_loss: float
     idle_experts: int  # over all layers, in this step
     max_load: float  # the busiest expert's slots over an equal share
+    entropy: float  # mean over MoE layers, in nats: 0 where every token is sure of one expert
+    max_violation: float  # the largest load over the mean of its layer, less 1
+    drop_rate: float  # chosen pairs that lost their place, mean over MoE layers
+    without_expert: float  # tokens that no expert got, mean over MoE layers
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class Trainer:
             betas=BETAS,
             fused=True,
         )
+        balance.BiasBalancer(self.model, config.bias_rate).attach(self.optimizer)
 
     def train_step(self) -> StepResult:
         """Learns from the windows of the current step, then moves to the next."""
@@ -143,6 +150,7 @@ class Trainer:
         self.step += 1
         loads = self.model.expert_loads()
         layers = max(1, len(loads))
+        measures = dataclasses.asdict(self.model.routing_measures())
         return StepResult(
             loss=loss.item(),
             lr=lr,
@@ -151,6 +159,7 @@ class Trainer:
             z_loss=routing.z.item() / layers,
             idle_experts=int((loads == 0).sum()),
             max_load=_max_relative_load(loads),
+            **measures,
         )
 
     @torch.no_grad()
