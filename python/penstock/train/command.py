@@ -68,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--intermediate-size", model.intermediate_size, "width of one expert")
     _number(group, "--sequence", model.sequence, "bytes per window")
     _choice(group, "--router", model.router, configs.ROUTERS)
-    _number(group, "--tile", model.tile, "rows of a tile of token_rounding, 0 for the backend's")
+    _number(
+        group,
+        "--tile",
+        model.tile,
+        "rows of a tile, for token_rounding and the padding logged; 0: the backend's",
+    )
     _choice(group, "--rounding", model.rounding, configs.ROUNDING_MODES, "mode of token_rounding")
     _number(group, "--threshold", model.threshold, "least score of --router threshold")
     _choice(group, "--save", model.save, configs.SAVE_POLICIES, "what forward keeps for backward")

@@ -77,7 +77,7 @@ class ModelConfig:
     intermediate_size: int = 128
     sequence: int = 256
     router: str = "softmax_topk"
-    tile: int = 0  # token_rounding: rows of a tile, 0: the backend's
+    tile: int = 0  # rows of a tile, for token_rounding and the padding logged; 0: the backend's
     rounding: str = "NR-f"  # token_rounding: the mode
     threshold: float = 0.5  # threshold: the least score
     save: str = "preactivation"

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import penstock
+from penstock import functional, losses
 from penstock.train.config import VOCABULARY, ModelConfig
 
 ROTARY_BASE = 10000.0
@@ -29,6 +30,7 @@ class RoutingMeasures:
     max_violation: float  # the largest load over the mean, less 1; the worst layer's
     drop_rate: float  # pairs that lost their place, of those chosen
     without_expert: float  # tokens that no expert got, of all
+    padding: float  # rows that filling every expert up to whole tiles would add, of all rows then
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ class LanguageModel(nn.Module):
         """Entropy, violation and losses of the last call; zeros for the dense model."""
         stats = [layer.stats for layer in self.moe_layers()]
         if not stats:
-            return RoutingMeasures(0.0, 0.0, 0.0, 0.0)
+            return RoutingMeasures(0.0, 0.0, 0.0, 0.0, 0.0)
         count = len(stats)
+        tile = self.config.tile or self._backend_tile(stats[0].logits.shape[0])
         without = [
             s.report.tokens_without_expert / max(1, s.logits.shape[0]) for s in stats if s.report
         ]
@@ -152,7 +155,15 @@ class LanguageModel(nn.Module):
             max_violation=max(s.max_load_violation.item() for s in stats),
             drop_rate=sum(s.drop_rate for s in stats) / count,
             without_expert=sum(without) / count,
+            padding=sum(losses.padding_waste(s.loads, tile).item() for s in stats) / count,
         )
+
+    def _backend_tile(self, num_tokens: int) -> int:
+        config = self.config
+        shape = (num_tokens, config.hidden_size, config.intermediate_size, config.experts)
+        device = str(self.head.weight.device)
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        return functional.tile_rows((*shape, config.top_k), dtype=dtype, device=device)
 
     def expert_loads(self) -> Tensor:
         """(layers, E) int64 on the CPU: slots each expert got in the last call."""

@@ -46,6 +46,7 @@ class StepResult:
     max_violation: float  # the largest load over the mean of its layer, less 1
     drop_rate: float  # chosen pairs that lost their place, mean over MoE layers
     without_expert: float  # tokens that no expert got, mean over MoE layers
+    padding: float  # rows that whole tiles would add, of all rows then, mean over MoE layers
 
 
 @dataclass(frozen=True)

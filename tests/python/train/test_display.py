@@ -26,6 +26,7 @@ RESULT = StepResult(
     max_violation=0.5,
     drop_rate=0.0,
     without_expert=0.0,
+    padding=0.0,
 )
 
 

@@ -126,8 +126,11 @@ def test_every_router_learns_and_is_measured(router: str, text_file: Path, corpu
     assert results[-1].loss < results[0].loss
     for result in results:
         assert 0 < result.entropy <= math.log(shape.experts) + 1e-6
+        assert 0 <= result.padding < 1
         assert result.max_violation == pytest.approx(max(0.0, result.max_load - 1), abs=1e-5)
     assert any(r.drop_rate > 0 for r in results) == (router == "token_rounding")
+    if router not in ("expert_choice", "threshold"):
+        assert any(r.padding > 0 for r in results) == (router != "token_rounding")
     biases = [layer.router.score_bias for layer in trainer.model.moe_layers()]
     if router == "sigmoid_topk":  # one step of bias_rate for each step of the optimiser, at most
         assert all(0 < bias.abs().max() <= 8 * trainer.config.bias_rate + 1e-9 for bias in biases)
