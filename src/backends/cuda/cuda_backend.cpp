@@ -122,18 +122,6 @@ int64_t router_scratch_bytes(const RouterProblem& problem, const Context&) {
   return router_products_scratch_bytes(problem);
 }
 
-std::string why_not_router(const RouteProblem& problem) {
-  const bool softmax = problem.kind == RouterKind::softmax_topk ||
-                       problem.kind == RouterKind::topk_softmax ||
-                       problem.kind == RouterKind::topk_softmax_normalized;
-  if (softmax && problem.selection == Selection::chosen) return {};
-  return "it has no kernel for " + std::string(name_of(problem.kind)) +
-         (softmax ? " with given ids" : "") +
-         "; choose by softmax, or bring ids and scores of your own";
-}
-
-int64_t route_scratch_bytes(const RouteProblem&, const Context&) { return 0; }
-
 const Backend kBackend = {
     .name = "cuda",
     .device = DeviceType::cuda,
@@ -151,8 +139,8 @@ const Backend kBackend = {
     .tile_rows = tile_rows,
     .router_logits = on_device<launch_router_logits, RouterLogitsArgs>,
     .router_logits_backward = on_device<launch_router_logits_backward, RouterLogitsBackwardArgs>,
-    .router_forward = on_device<router_forward, RouterForwardArgs>,
-    .router_backward = on_device<router_backward, RouterBackwardArgs>,
+    .router_forward = on_device<route_forward, RouterForwardArgs>,
+    .router_backward = on_device<route_backward, RouterBackwardArgs>,
     .build_plan = on_device<build_plan, PlanArgs>,
     .up_projection = on_device<launch_up_projection, UpProjectionArgs>,
     .down_projection = on_device<launch_down_projection, DownProjectionArgs>,

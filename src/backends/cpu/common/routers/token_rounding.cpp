@@ -6,8 +6,7 @@
 // keep the lower token, NaN ranks last. Nothing is sorted: of an expert's T tokens only one tile is
 // undecided (its f mod M last chosen and its M - f mod M first others), and a heap of M finds it.
 //   score_te = p_te / sum of p over the token's top K, also where that pair was added; or p_te
-#include "backends/cpu/common/routers/token_rounding.h"
-
+#include "backend/count_rounding.h"
 #include "backends/cpu/common/routers/pairs.h"
 
 namespace penstock::cpu {
