@@ -204,7 +204,7 @@ TEST_P(RouteTest, RefusesOptionsOutOfRange) {
   refuse(rounding, [](Args& a) { a.top_k = 13; }, {"top_k", "1 to 12"});
   refuse(rounding, [](Args& a) { a.options.rounding = RoundingMode::stochastic_count; }, {"seed"});
   refuse(rounding, [](Args& a) { a.seed = a.ids; }, {"seed", "random"});
-  refuse(rounding, [](Args& a) { a.report.shape[0] = 4; }, {"report", "(5)"});
+  refuse(rounding, [](Args& a) { a.report.shape[0] = 4; }, {"report", "(5,)"});
   refuse(rounding, [](Args& a) { a.token_offsets = {}; }, {"token_offsets"});
   refuse(RouterKind::expert_choice, [](Args& a) { a.scores.shape[0] = a.ids.shape[0] = 119; },
          {"slots", "a multiple of 12"});
