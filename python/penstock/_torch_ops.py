@@ -26,7 +26,7 @@ _WEIGHTS = len(Weights._fields)
 
 
 def absent(like: Tensor) -> Tensor:
-    """What stands for an output that there is none of."""
+    """What stands for no tensor among an operator's outputs."""
     return like.new_empty((0,))
 
 
@@ -36,7 +36,7 @@ def or_absent(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def refuse_second_order(name: str) -> Any:
-    """The backward of a gradient operator: a clear error."""
+    """The backward formula of a gradient operator: an error."""
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(

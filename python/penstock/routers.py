@@ -18,7 +18,7 @@ from typing import Any
 
 from penstock import _engine_route
 from penstock._arrays import arrays_of, is_torch
-from penstock._context import context_key, current
+from penstock._context import context_key, current, refuse_transforms
 from penstock._engine_route import Routed, RouterSpec
 from penstock._sizes import tile_rows
 from penstock.errors import invalid
@@ -264,8 +264,6 @@ def _route(
 
 
 def _ops() -> Any:
-    from penstock._context import refuse_transforms
-
     refuse_transforms()
     from penstock import _torch_routing
 
