@@ -9,6 +9,8 @@
 // writes) and A'; reduces the partial sums over a quad's columns in fixed order.
 #pragma once
 
+#include <type_traits>
+
 #include "backends/cuda/gemm/epilogue_up.cuh"
 
 namespace penstock::cuda {
@@ -34,24 +36,27 @@ struct DownBackwardEpilogue {
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  // H of the warp's rows, loaded while the products are formed: the kernel keeps it in registers,
-  // of which a tile 128 wide leaves enough.
   static constexpr int kChunks = TileType::kN / 64;
-  struct Early {
-    typename Piece<Element>::Vectors h[kChunks][kHalves];
+  // H of the warp's rows in 64 columns.
+  struct Chunk {
+    typename Piece<Element>::Vectors half[kHalves];
   };
+  // Of a warpgroup with one block, H is loaded while the products are formed: it stays in
+  // registers, of which 64 accumulators leave enough. With two blocks there are too few; then the
+  // other warpgroup's products hide the loads.
+  struct AllChunks {
+    Chunk at[kChunks];
+  };
+  static constexpr bool kEarly = TileType::kBlocks == 1;
+  using Early = std::conditional_t<kEarly, AllChunks, NoPrefetch>;
+
   static __device__ __forceinline__ Early prefetch(const Params& params, const Work& work,
                                                    const WarpPlace& place) {
     Early early;
-    const Element* h = static_cast<const Element*>(params.h.data) +
-                       (work.row_begin + place.row) * params.h.stride + work.n;
+    if constexpr (kEarly) {
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        early.h[chunk][half] =
-            Piece<Element>::load(h + half * params.columns + chunk * 64, params.h.stride,
-                                 work.rows - place.row, params.columns - work.n - chunk * 64);
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        early.at[chunk] = load(params, work, place, chunk * 64);
       }
     }
     return early;
@@ -69,12 +74,20 @@ struct DownBackwardEpilogue {
   }
 
  private:
-  // The lane's two columns of a group of 8, in its upper or lower row.
-  struct Elements {
-    WarpPlace place;
-    int group;
-    int lower;
-  };
+  static __device__ __forceinline__ Chunk load(const Params& params, const Work& work,
+                                               const WarpPlace& place, int first) {
+    Chunk chunk;
+    const Element* h = static_cast<const Element*>(params.h.data) +
+                       (work.row_begin + place.row) * params.h.stride + work.n + first;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      chunk.half[half] =
+          Piece<Element>::load(h + half * params.columns, params.h.stride, work.rows - place.row,
+                               params.columns - work.n - first);
+    }
+    return chunk;
+  }
+
   // Scores and running partial sums of the lane's two rows.
   struct RowPair {
     float score[2];
@@ -98,24 +111,21 @@ struct DownBackwardEpilogue {
       if (column >= params.columns) break;
       const int valid = params.columns - column;
       Element* dh = static_cast<Element*>(params.dh.data) + first_row * params.dh.stride;
+      const Chunk chunk = [&] {
+        if constexpr (kEarly) {
+          return early.at[first / 64];
+        } else {
+          return load(params, work, place, first);
+        }
+      }();
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        Piece<Element>{place.staging + half * kPieceBytes}.put(early.h[first / 64][half]);
+        Piece<Element>{place.staging + half * kPieceBytes}.put(chunk.half[half]);
       }
       __syncwarp();
 #pragma unroll
-      for (int group = 0; group < 8; ++group) {
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-          const int at = 4 * (first / 8 + group) + 2 * lower;
-          const float product = differentiate(function, params.activation, {place, group, lower},
-                                              {sums[at], sums[at + 1]}, pair.score[lower]);
-          // No branch, so that the elements' long chains overlap: columns past the end and rows
-          // past the expert compute on whatever the pieces hold, and are neither summed nor stored.
-          pair.partial[lower] += group * 8 < valid ? product : 0.0f;
-        }
-        // Eight elements at a time are enough; loading all of H at once would spill.
-        if (group % 2 == 1) asm volatile("" ::: "memory");
+      for (int group = 0; group < 8; group += kBatch) {
+        differentiate(function, params.activation, sums, {place, first / 8, group, valid}, pair);
       }
       for (int half = 0; half < kHalves; ++half) {
         Piece<Element>{place.staging + half * kPieceBytes}.store(
@@ -126,35 +136,79 @@ struct DownBackwardEpilogue {
     if (params.partials.data != nullptr) store_partials(params, work, place, pair);
   }
 
-  // Two neighbouring columns of one row: H in the pieces becomes dH, A' goes to the last piece.
-  // Returns their share of <G, A>.
+  // Groups of 8 columns handled at a time: 16 elements a lane with one block, 8 with two, whose
+  // long chains overlap. All of a batch is read before any of it is written over; more elements
+  // would not fit in the registers.
+  static constexpr int kBatch = TileType::kBlocks == 1 ? 4 : 2;
+  struct Batch {
+    WarpPlace place;
+    int first_group;  // of the chunk, in the accumulators
+    int group;        // inside the chunk
+    int valid;        // columns of the chunk that exist
+  };
+  using Packed = typename Piece<Element>::Packed;
+
+  // H in the pieces becomes dH, A' goes to the last piece, <G, A> to the partial sums. No branch:
+  // columns past the end and rows past the expert compute on whatever the pieces hold, and are
+  // neither summed nor stored.
   template <typename Function>
-  static __device__ __forceinline__ float differentiate(Function,
-                                                        const ActivationParams& activation,
-                                                        const Elements& at, float2 g, float score) {
-    const auto [place, group, lower] = at;
-    const Piece<Element> first{place.staging};
-    const Piece<Element> scaled{place.staging + kHalves * kPieceBytes};
-    const float2 h = Pair<Element>::unpack(first.pair(group, lower));
+  static __device__ __forceinline__ void differentiate(Function function,
+                                                       const ActivationParams& activation,
+                                                       const Sums& sums, const Batch& batch,
+                                                       RowPair& pair) {
+    Packed h[kBatch / 2][kHalves];
+#pragma unroll
+    for (int two = 0; two < kBatch / 2; ++two) {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        h[two][half] =
+            Piece<Element>{batch.place.staging + half * kPieceBytes}.get_two(batch.group + 2 * two);
+      }
+    }
+#pragma unroll
+    for (int two = 0; two < kBatch / 2; ++two) {
+      const int group = batch.group + 2 * two;
+      Packed scaled;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 4 * (batch.first_group + group) + 2 * i;
+        const int row = i % 2;
+        const float product = differentiate_word(function, activation, {sums[at], sums[at + 1]},
+                                                 pair.score[row], h[two], scaled, i);
+        pair.partial[row] += (group + i / 2) * 8 < batch.valid ? product : 0.0f;
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        Piece<Element>{batch.place.staging + half * kPieceBytes}.put_two(group, h[two][half]);
+      }
+      Piece<Element>{batch.place.staging + kHalves * kPieceBytes}.put_two(group, scaled);
+    }
+  }
+
+  // Two neighbouring columns of one row: word `i` of H becomes dH, of `scaled` A'. Returns their
+  // share of <G, A>.
+  template <typename Function>
+  static __device__ __forceinline__ float differentiate_word(Function,
+                                                             const ActivationParams& activation,
+                                                             float2 g, float score,
+                                                             Packed (&h)[kHalves], Packed& scaled,
+                                                             int i) {
+    const float2 first = unpack_word<Element>(h[0].at[i]);
     float2 value;
     if constexpr (kGating == Gating::gated) {
-      const Piece<Element> second{place.staging + kPieceBytes};
-      const float2 up = Pair<Element>::unpack(second.pair(group, lower));
-      const GatedGradient low = Function::at(h.x, up.x, activation);
-      const GatedGradient high = Function::at(h.y, up.y, activation);
-      first.pair(group, lower) =
-          Pair<Element>::pack(low.gate * (score * g.x), high.gate * (score * g.y));
-      second.pair(group, lower) =
-          Pair<Element>::pack(low.up * (score * g.x), high.up * (score * g.y));
+      const float2 up = unpack_word<Element>(h[1].at[i]);
+      const GatedGradient low = Function::at(first.x, up.x, activation);
+      const GatedGradient high = Function::at(first.y, up.y, activation);
+      h[0].at[i] = pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
+      h[1].at[i] = pack_word<Element>(low.up * (score * g.x), high.up * (score * g.y));
       value = {low.value, high.value};
     } else {
-      const PlainGradient low = Function::at(h.x);
-      const PlainGradient high = Function::at(h.y);
-      first.pair(group, lower) =
-          Pair<Element>::pack(low.input * (score * g.x), high.input * (score * g.y));
+      const PlainGradient low = Function::at(first.x);
+      const PlainGradient high = Function::at(first.y);
+      h[0].at[i] = pack_word<Element>(low.input * (score * g.x), high.input * (score * g.y));
       value = {low.value, high.value};
     }
-    scaled.pair(group, lower) = Pair<Element>::pack(score * value.x, score * value.y);
+    scaled.at[i] = pack_word<Element>(score * value.x, score * value.y);
     return g.x * value.x + g.y * value.y;
   }
 
