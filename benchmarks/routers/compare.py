@@ -2,7 +2,7 @@
 """Trains one small model with every router, on the same data and budget, and writes the rows.
 
     python benchmarks/routers/compare.py RUNS          # half an hour; goes on where it stopped
-    python benchmarks/routers/compare.py RUNS --table  # the tables of docs/routers.md, by the rows
+    python benchmarks/routers/compare.py RUNS --table  # tables and figure of docs, from the rows
 
 RUNS is a folder for the runs of `penstock train`, whose summary and metrics are all that is read.
 Every model is judged on the same held-out bytes; token rounding and plain top K both with plain
@@ -29,7 +29,9 @@ from penstock.train.data import load_corpus
 from penstock.train.trainer import Trainer
 
 ROWS = Path(__file__).with_name("rows.json")
+FIGURE = Path(__file__).parents[2] / "docs" / "routers.png"
 STEPS = 200
+WINDOW = 20  # steps of training loss that the figure takes together
 TURNS = 15  # steps of each model that speed is the median of
 TILE = 256  # of 512 tokens per expert: the least that SonicMoE's rule allows
 SEEDS = range(5)
@@ -70,6 +72,7 @@ def train(folder: Path, options: dict[str, object]) -> dict:
     late = steps[len(steps) // 2 :]
     loads = torch.tensor(summary["loads"])
     return {
+        "train_loss": [round(row["loss"], 4) for row in steps],
         "loss": summary["results"][-1]["nats_per_byte"],
         "loads": summary["loads"],
         "violation": max(losses.max_load_violation(layer).item() for layer in loads),
@@ -119,9 +122,9 @@ def comparison(results: dict) -> str:
     """The table of all routers, means over their seeds."""
     rows, rates = results["rows"], results["tokens_per_s"]
     lines = [
-        "| router | seeds | held-out nats/byte | load violation, held-out | in training | entropy "
-        "| dropped | without expert | padding | tokens/s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| router | seeds | held-out nats/byte | seed 0 | load violation, held-out | in training "
+        "| entropy | dropped | without expert | padding | tokens/s |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in ROUTERS:
         mine = [row for row in rows if row["router"] == name]
@@ -130,7 +133,8 @@ def comparison(results: dict) -> str:
             return statistics.mean(row[key] for row in mine)
 
         lines.append(
-            f"| {name} | {len(mine)} | {mean('loss'):.4f} | {mean('violation'):.2f} "
+            f"| {name} | {len(mine)} | {mean('loss'):.4f} | {mine[0]['loss']:.4f} "
+            f"| {mean('violation'):.2f} "
             f"| {mean('train_violation'):.2f} | {mean('entropy'):.2f} | {mean('drop_rate'):.1%} "
             f"| {mean('without_expert'):.1%} | {mean('padding'):.1%} "
             f"| {rates[name]:,.0f} |"
@@ -153,6 +157,25 @@ def paired(rows: list[dict]) -> str:
     return "\n\n".join(lines)
 
 
+def draw(results: dict, path: Path) -> None:
+    """Training loss of plain top K and of both roundings, means over seeds, smoothed over steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for name in ("topk_softmax_normalized", "token_rounding NR-f", "token_rounding DOWN"):
+        losses_of = [row["train_loss"] for row in results["rows"] if row["router"] == name]
+        curve = torch.tensor(losses_of).mean(0)
+        smooth = curve.unfold(0, WINDOW, 1).mean(1)
+        axes.plot(range(WINDOW, len(curve) + 1), smooth, label=f"{name}, {len(losses_of)} seeds")
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"loss (nats per byte), mean of {WINDOW} steps")
+    axes.set_ylim(2.1, 2.8)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, metadata={"Software": None})
+
+
 def main() -> None:
     """Train and write the rows, or print the tables of the rows there are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -162,6 +185,7 @@ def main() -> None:
     results = json.loads(ROWS.read_text(encoding="utf-8")) if args.table else run_all(args.runs)
     rows = results["rows"]
     floor = losses.sampling_floor(sum(rows[0]["loads"][0]), len(rows[0]["loads"][0]))
+    draw(results, FIGURE)
     print(comparison(results), paired(rows), sep="\n\n")
     print(f"\nLoad violation of a perfect router on as many slots: {floor:.3f}.")
 

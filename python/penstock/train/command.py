@@ -178,6 +178,19 @@ def _next_number(parent: Path) -> Path:
             number += 1
 
 
+def rounding_advice(config: RunConfig) -> str:
+    """What to know before token rounding takes too large a share of an expert's tokens, or ""."""
+    model = config.model
+    per_expert = config.batch * model.sequence * model.top_k / model.experts
+    if model.router != "token_rounding" or per_expert >= 2 * model.tile:
+        return ""
+    return (
+        f"Token rounding to tiles of {model.tile} with {per_expert:.0f} bytes per expert and step: "
+        f"its paper finds quality to hold from {2 * model.tile} on. A larger --batch or a smaller "
+        "--tile gets there."
+    )
+
+
 def _train(folder: Path, config: RunConfig, corpus) -> int:
     from rich.console import Console
 
@@ -191,6 +204,8 @@ def _train(folder: Path, config: RunConfig, corpus) -> int:
         f"{corpus.num_files} files, {len(corpus.train):,} bytes to learn from, "
         f"{len(corpus.held_out):,} held out ({corpus.split}). Run: {folder}"
     )
+    if advice := rounding_advice(config):
+        display.line(advice)
     windows = evaluation_windows(corpus.held_out, config.model.sequence, EVALUATION_WINDOWS)
     with locked(folder), loop.StopRequest() as stop:
         settings = json.dumps(config.to_json(), indent=2) + "\n"
