@@ -104,6 +104,13 @@ void check_given_offsets(const RouterForwardArgs& args, const RouteProblem& prob
   check_token_offsets(given);
 }
 
+// The backend of a backward pass, or of a question about one. Whether the ids were chosen or given
+// makes no difference to it, so a backend that cannot replay is no reason against it.
+const Backend& backend_of(RouteProblem problem, const Context& context) {
+  problem.selection = Selection::chosen;
+  return select_backend(problem, context);
+}
+
 void check_forward_aliases(const RouterForwardArgs& args, int64_t needed) {
   AliasCheck aliases;
   aliases.input(args.logits, "logits");
@@ -126,7 +133,7 @@ void check_forward_aliases(const RouterForwardArgs& args, int64_t needed) {
 
 int64_t route_workspace_bytes(const RouteProblem& problem, const Context& context) {
   check_route_problem(problem);
-  return select_backend(problem, context).route_scratch_bytes(problem, context);
+  return backend_of(problem, context).route_scratch_bytes(problem, context);
 }
 
 void router_forward(const RouterForwardArgs& args, const Context& context) {
@@ -158,10 +165,7 @@ void router_backward(const RouterBackwardArgs& given, const Context& context) {
                               {problem.num_tokens, problem.num_experts},
                               {problem.dtype, "logits"},
                               {problem.device, "logits"}});
-  // Which ids were given and which chosen makes no difference here.
-  RouteProblem chosen = problem;
-  chosen.selection = Selection::chosen;
-  const Backend& backend = select_backend(chosen, context);
+  const Backend& backend = backend_of(problem, context);
   const int64_t needed = backend.route_scratch_bytes(problem, context);
   check_workspace(args.workspace, needed, "route_workspace_bytes");
   AliasCheck aliases;

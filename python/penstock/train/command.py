@@ -52,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--clip", run.clip, "largest norm of the gradient")
     _number(group, "--aux-coefficient", run.aux_coefficient, "weight of the load-balancing loss")
     _number(group, "--z-coefficient", run.z_coefficient, "weight of the router's z-loss")
-    _number(group, "--bias-rate", run.bias_rate, "step of the bias of --router sigmoid_topk")
+    _number(
+        group,
+        "--bias-rate",
+        run.bias_rate,
+        "step of the bias of --router sigmoid_topk at the peak of --lr",
+    )
     _number(group, "--seed", run.seed)
     _number(group, "--eval-every", run.eval_every, "steps between evaluations")
     _number(group, "--checkpoint-every", run.checkpoint_every, "steps between checkpoints")

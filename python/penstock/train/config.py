@@ -131,7 +131,7 @@ class RunConfig:
     clip: float = 1.0
     aux_coefficient: float = 0.01
     z_coefficient: float = 0.001
-    bias_rate: float = 0.001  # sigmoid_topk: how far a step moves the bias that balances
+    bias_rate: float = 0.001  # sigmoid_topk: how far a step moves the bias, at the peak of lr
     seed: int = 0
     eval_every: int = 50
     checkpoint_every: int = 50

@@ -122,7 +122,8 @@ class Trainer:
             betas=BETAS,
             fused=True,
         )
-        balance.BiasBalancer(self.model, config.bias_rate).attach(self.optimizer)
+        self.balancer = balance.BiasBalancer(self.model, config.bias_rate)
+        self.balancer.attach(self.optimizer)
 
     def train_step(self) -> StepResult:
         """Learns from the windows of the current step, then moves to the next."""
@@ -130,6 +131,8 @@ class Trainer:
         lr = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Large steps while the router moves, small ones once it settles.
+        self.balancer.rate = config.bias_rate * lr / config.lr if config.lr else config.bias_rate
         shape = (config.seed, config.batch, config.model.sequence)
         windows = training_windows(self.corpus.train, shape, self.step)
         self.model.train()
