@@ -14,6 +14,7 @@ from penstock._context import CallContext
 from penstock._engine import Problem, call_tuple, check_rank, pass_on
 from penstock._library import library
 from penstock._memory import workspace
+from penstock._ranges import ranged
 from penstock.errors import invalid
 
 REPORT_SIZE = 5  # kRouterReportSize of include/penstock/routing.h
@@ -69,6 +70,7 @@ class Routed(NamedTuple):
     report: Any = None
 
 
+@ranged
 def route(
     logits: Any, spec: RouterSpec, slots: int, steering: tuple[Any, Any], context: CallContext
 ) -> Routed:
@@ -99,6 +101,7 @@ def route(
     return Routed(scores, ids, offsets, report)
 
 
+@ranged
 def replay(logits: Any, spec: RouterSpec, given: Routed, context: CallContext) -> Any:
     """Scores of the ids (and token_offsets) that are given, in their shape."""
     check_rank("logits", logits, 2, "(num_tokens, num_experts)")
@@ -111,6 +114,7 @@ def replay(logits: Any, spec: RouterSpec, given: Routed, context: CallContext) -
     return scores
 
 
+@ranged
 def route_backward(
     dscores: Any,
     saved: tuple[Any, Routed],

@@ -23,7 +23,7 @@ ROUTERS = tuple(penstock.routers.NAMES)
 ROUNDING_MODES = penstock.routers.MODES
 SAVE_POLICIES = ("preactivation", "input")
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("fp32", "bf16")
+DTYPES = ("auto", "fp32", "bf16")
 FEED_FORWARDS = ("moe", "dense")
 
 # Options that a resumed run may change: none of them decides the shape of a tensor or which bytes
@@ -136,7 +136,7 @@ class RunConfig:
     eval_every: int = 50
     checkpoint_every: int = 50
     device: str = "auto"
-    dtype: str = "fp32"
+    dtype: str = "auto"
     threads: int = 0
     compare_dense: bool = False
 

@@ -9,8 +9,6 @@
 // writes) and A'; reduces the partial sums over a quad's columns in fixed order.
 #pragma once
 
-#include <type_traits>
-
 #include "backends/cuda/gemm/epilogue_up.cuh"
 
 namespace penstock::cuda {
@@ -36,27 +34,31 @@ struct DownBackwardEpilogue {
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static constexpr int kChunks = TileType::kN / 64;
-  // H of the warp's rows in 64 columns.
-  struct Chunk {
-    typename Piece<Element>::Vectors half[kHalves];
+  // Scores of the lane's two rows, loaded while the products are formed, when the rest of what the
+  // epilogue reads, H, is brought into L2: beside 128 accumulators there are no registers for it, and
+  // shared memory is worth more as stages of the main loop.
+  struct Early {
+    float score[2];
   };
-  // Of a warpgroup with one block, H is loaded while the products are formed: it stays in
-  // registers, of which 64 accumulators leave enough. With two blocks there are too few; then the
-  // other warpgroup's products hide the loads.
-  struct AllChunks {
-    Chunk at[kChunks];
-  };
-  static constexpr bool kEarly = TileType::kBlocks == 1;
-  using Early = std::conditional_t<kEarly, AllChunks, NoPrefetch>;
 
   static __device__ __forceinline__ Early prefetch(const Params& params, const Work& work,
                                                    const WarpPlace& place) {
     Early early;
-    if constexpr (kEarly) {
+    const int rows = work.rows - place.row;
 #pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        early.at[chunk] = load(params, work, place, chunk * 64);
+    for (int lower = 0; lower < 2; ++lower) {
+      early.score[lower] =
+          score_of(params, work.row_begin + place.row, Lane::row() + 8 * lower, rows);
+    }
+    // A lane takes one half of one row, a line of 128 bytes at a time.
+    const int row = Lane::id() % 16;
+    const int half = Lane::id() / 16;
+    if (row < rows && half < kHalves) {
+      const Element* line = row_of(params.h, work, place) + row * params.h.stride + work.n +
+                            half * params.columns;
+#pragma unroll
+      for (int first = 0; first < TileType::kN; first += 64) {
+        if (work.n + first < params.columns) arch::prefetch_l2(line + first);
       }
     }
     return early;
@@ -74,18 +76,42 @@ struct DownBackwardEpilogue {
   }
 
  private:
-  static __device__ __forceinline__ Chunk load(const Params& params, const Work& work,
-                                               const WarpPlace& place, int first) {
-    Chunk chunk;
-    const Element* h = static_cast<const Element*>(params.h.data) +
-                       (work.row_begin + place.row) * params.h.stride + work.n + first;
+  static __device__ __forceinline__ Element* row_of(const Rows& matrix, const Work& work,
+                                                    const WarpPlace& place) {
+    return static_cast<Element*>(matrix.data) + (work.row_begin + place.row) * matrix.stride;
+  }
+
+  // Pieces: dH by half, then A'.
+  static __device__ __forceinline__ Piece<Element> piece_of(const WarpPlace& place, int index) {
+    return {place.staging + index * kPieceBytes};
+  }
+
+  // Pairs of H in the accumulator layout, of groups `group` and the next, in both halves. Columns
+  // past the end and rows past the expert are read from the last that exists: they are neither
+  // summed nor stored.
+  using Packed = typename Piece<Element>::Packed;
+  struct Batch {
+    Packed half[kHalves];
+    Packed scaled;  // A', once it is known
+  };
+  struct Source {
+    const Element* h;
+    int32_t row[2];  // offsets of the lane's rows: 32 bits, because registers are scarce here
+    int32_t half;    // from one half to the other
+    int32_t columns;  // of the tile that exist
+  };
+  static __device__ __forceinline__ Batch load(const Source& source, int group) {
+    Batch batch;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      chunk.half[half] =
-          Piece<Element>::load(h + half * params.columns, params.h.stride, work.rows - place.row,
-                               params.columns - work.n - first);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int column = min((group + i / 2) * 8, source.columns - 8) + Lane::column();
+        batch.half[half].at[i] = *reinterpret_cast<const uint32_t*>(
+            source.h + (source.row[i % 2] + half * source.half + column));
+      }
     }
-    return chunk;
+    return batch;
   }
 
   // Scores and running partial sums of the lane's two rows.
@@ -99,117 +125,83 @@ struct DownBackwardEpilogue {
                                                  const Work& work, const Sums& sums,
                                                  const Early& early, const WarpPlace& place) {
     const int rows = work.rows - place.row;
-    const int64_t first_row = work.row_begin + place.row;
-    RowPair pair = {{score_of(params, first_row, Lane::row(), rows),
-                     score_of(params, first_row, Lane::row() + 8, rows)},
-                    {0.0f, 0.0f}};
-    const Piece<Element> scaled{place.staging + kHalves * kPieceBytes};
-    Element* a = static_cast<Element*>(params.a_scaled.data) + first_row * params.a_scaled.stride;
+    RowPair pair = {{early.score[0], early.score[1]}, {0.0f, 0.0f}};
+    const auto stride = static_cast<int32_t>(params.h.stride);
+    const Source source = {
+        row_of(params.h, work, place) + work.n,
+        {min(Lane::row(), rows - 1) * stride, min(Lane::row() + 8, rows - 1) * stride},
+        params.columns,
+        min(params.columns - work.n, TileType::kN)};
+    Batch batch = load(source, 0);
 #pragma unroll
-    for (int first = 0; first < TileType::kN; first += 64) {
-      const int column = work.n + first;
+    for (int chunk = 0; chunk < TileType::kN / 64; ++chunk) {
+      const int column = work.n + chunk * 64;
       if (column >= params.columns) break;
       const int valid = params.columns - column;
-      Element* dh = static_cast<Element*>(params.dh.data) + first_row * params.dh.stride;
-      const Chunk chunk = [&] {
-        if constexpr (kEarly) {
-          return early.at[first / 64];
-        } else {
-          return load(params, work, place, first);
+#pragma unroll
+      for (int group = 0; group < 8; group += 2) {
+        const int at = 8 * chunk + group;
+        // One batch ahead of what is worked on.
+        const Batch next = at + 2 < TileType::kN / 8 ? load(source, at + 2) : batch;
+        differentiate(function, params.activation, sums, {at, valid - group * 8}, batch, pair);
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          piece_of(place, half).put_two(group, batch.half[half]);
         }
-      }();
+        piece_of(place, kHalves).put_two(group, batch.scaled);
+        batch = next;
+      }
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        Piece<Element>{place.staging + half * kPieceBytes}.put(chunk.half[half]);
+        piece_of(place, half)
+            .store(row_of(params.dh, work, place) + half * params.columns + column,
+                   params.dh.stride, rows, valid);
       }
-      __syncwarp();
-#pragma unroll
-      for (int group = 0; group < 8; group += kBatch) {
-        differentiate(function, params.activation, sums, {place, first / 8, group, valid}, pair);
-      }
-      for (int half = 0; half < kHalves; ++half) {
-        Piece<Element>{place.staging + half * kPieceBytes}.store(
-            dh + half * params.columns + column, params.dh.stride, rows, valid);
-      }
-      scaled.store(a + column, params.a_scaled.stride, rows, valid);
+      piece_of(place, kHalves)
+          .store(row_of(params.a_scaled, work, place) + column, params.a_scaled.stride, rows,
+                 valid);
     }
     if (params.partials.data != nullptr) store_partials(params, work, place, pair);
   }
 
-  // Groups of 8 columns handled at a time: 16 elements a lane with one block, 8 with two, whose
-  // long chains overlap. All of a batch is read before any of it is written over; more elements
-  // would not fit in the registers.
-  static constexpr int kBatch = TileType::kBlocks == 1 ? 4 : 2;
-  struct Batch {
-    WarpPlace place;
-    int first_group;  // of the chunk, in the accumulators
-    int group;        // inside the chunk
-    int valid;        // columns of the chunk that exist
+  // Two groups of 8 columns: which, and how many of their columns exist.
+  struct Groups2 {
+    int first;
+    int valid;
   };
-  using Packed = typename Piece<Element>::Packed;
 
-  // H in the pieces becomes dH, A' goes to the last piece, <G, A> to the partial sums. No branch:
-  // columns past the end and rows past the expert compute on whatever the pieces hold, and are
-  // neither summed nor stored.
+  // H of the batch becomes dH, A' its scaled words, <G, A> joins the partial sums. No branch: eight
+  // elements a lane have long chains, which must overlap.
   template <typename Function>
-  static __device__ __forceinline__ void differentiate(Function function,
+  static __device__ __forceinline__ void differentiate(Function,
                                                        const ActivationParams& activation,
-                                                       const Sums& sums, const Batch& batch,
-                                                       RowPair& pair) {
-    Packed h[kBatch / 2][kHalves];
+                                                       const Sums& sums, const Groups2& groups,
+                                                       Batch& batch, RowPair& pair) {
 #pragma unroll
-    for (int two = 0; two < kBatch / 2; ++two) {
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        h[two][half] =
-            Piece<Element>{batch.place.staging + half * kPieceBytes}.get_two(batch.group + 2 * two);
+    for (int i = 0; i < 4; ++i) {
+      const int at = 4 * groups.first + 2 * i;
+      const int row = i % 2;
+      const float score = pair.score[row];
+      const float2 g = {sums[at], sums[at + 1]};
+      const float2 first = unpack_word<Element>(batch.half[0].at[i]);
+      float2 value;
+      if constexpr (kGating == Gating::gated) {
+        const float2 up = unpack_word<Element>(batch.half[1].at[i]);
+        const GatedGradient low = Function::at(first.x, up.x, activation);
+        const GatedGradient high = Function::at(first.y, up.y, activation);
+        batch.half[0].at[i] = pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
+        batch.half[1].at[i] = pack_word<Element>(low.up * (score * g.x), high.up * (score * g.y));
+        value = {low.value, high.value};
+      } else {
+        const PlainGradient low = Function::at(first.x);
+        const PlainGradient high = Function::at(first.y);
+        batch.half[0].at[i] =
+            pack_word<Element>(low.input * (score * g.x), high.input * (score * g.y));
+        value = {low.value, high.value};
       }
+      batch.scaled.at[i] = pack_word<Element>(score * value.x, score * value.y);
+      pair.partial[row] += i / 2 * 8 < groups.valid ? g.x * value.x + g.y * value.y : 0.0f;
     }
-#pragma unroll
-    for (int two = 0; two < kBatch / 2; ++two) {
-      const int group = batch.group + 2 * two;
-      Packed scaled;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 4 * (batch.first_group + group) + 2 * i;
-        const int row = i % 2;
-        const float product = differentiate_word(function, activation, {sums[at], sums[at + 1]},
-                                                 pair.score[row], h[two], scaled, i);
-        pair.partial[row] += (group + i / 2) * 8 < batch.valid ? product : 0.0f;
-      }
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        Piece<Element>{batch.place.staging + half * kPieceBytes}.put_two(group, h[two][half]);
-      }
-      Piece<Element>{batch.place.staging + kHalves * kPieceBytes}.put_two(group, scaled);
-    }
-  }
-
-  // Two neighbouring columns of one row: word `i` of H becomes dH, of `scaled` A'. Returns their
-  // share of <G, A>.
-  template <typename Function>
-  static __device__ __forceinline__ float differentiate_word(Function,
-                                                             const ActivationParams& activation,
-                                                             float2 g, float score,
-                                                             Packed (&h)[kHalves], Packed& scaled,
-                                                             int i) {
-    const float2 first = unpack_word<Element>(h[0].at[i]);
-    float2 value;
-    if constexpr (kGating == Gating::gated) {
-      const float2 up = unpack_word<Element>(h[1].at[i]);
-      const GatedGradient low = Function::at(first.x, up.x, activation);
-      const GatedGradient high = Function::at(first.y, up.y, activation);
-      h[0].at[i] = pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
-      h[1].at[i] = pack_word<Element>(low.up * (score * g.x), high.up * (score * g.y));
-      value = {low.value, high.value};
-    } else {
-      const PlainGradient low = Function::at(first.x);
-      const PlainGradient high = Function::at(first.y);
-      h[0].at[i] = pack_word<Element>(low.input * (score * g.x), high.input * (score * g.y));
-      value = {low.value, high.value};
-    }
-    scaled.at[i] = pack_word<Element>(score * value.x, score * value.y);
-    return g.x * value.x + g.y * value.y;
   }
 
   static __device__ float score_of(const Params& params, int64_t first_row, int row, int rows) {

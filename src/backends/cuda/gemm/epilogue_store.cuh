@@ -25,9 +25,11 @@ struct StoreEpilogue {
     int32_t columns;
   };
 
+  using Early = NoPrefetch;
+
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
 
   static __device__ void run(const Params& params, const Work& work,
                              float (&sums)[TileType::kAccumulators], const NoPrefetch&,

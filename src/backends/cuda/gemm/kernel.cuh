@@ -79,23 +79,20 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
     }
   }
   typename Main::Sums sums;
-  if constexpr (TileType::kBlocks == 1) {
-    const auto early = Epilogue::prefetch(params.epilogue, work, place(0));
-    Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
-    Epilogue::run(params.epilogue, work, sums[0], early, place(0));
-  } else {
-    static_assert(TileType::kBlocks == 2, "a warpgroup keeps one or two blocks");
-    if (rows <= 64) {
-      Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
-    } else {
-      Main::template run<2>(sums, ring, state, self.group, work.k_tiles);
-    }
+  typename Epilogue::Early early[TileType::kBlocks];
 #pragma unroll
-    for (int block = 0; block < TileType::kBlocks; ++block) {
-      if (block * 64 >= rows) break;
-      const auto early = Epilogue::prefetch(params.epilogue, work, place(block));
-      Epilogue::run(params.epilogue, work, sums[block], early, place(block));
-    }
+  for (int block = 0; block < TileType::kBlocks; ++block) {
+    early[block] = Epilogue::prefetch(params.epilogue, work, place(block));
+  }
+  if (TileType::kBlocks == 1 || rows <= 64) {
+    Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
+  } else {
+    Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles);
+  }
+#pragma unroll
+  for (int block = 0; block < TileType::kBlocks; ++block) {
+    if (block * 64 >= rows) break;
+    Epilogue::run(params.epilogue, work, sums[block], early[block], place(block));
   }
 }
 

@@ -20,9 +20,9 @@ struct StoreLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    constexpr int kTileN = kTileM == 64 ? kWideTileN : kStoreTileN;
+    constexpr int kTileN = kWideTileN;
     using TileType =
-        Tile<Element, kTileM, kTileN, Major::k, kMajor, RowCrew<kTileM, Turns::alternating>>;
+        Tile<Element, kTileM, kTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
     using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
     using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
     launch_rows<G, kTileN>(
