@@ -43,9 +43,9 @@ LAYERS = (
     Layer("src/tensor", ()),
     Layer("src/backends/cpu/reference", ("src/backend/ops.h", "src/backends/cpu/common")),
     Layer("src/backends/cpu/fast", ("src/backend/ops.h", "src/backends/cpu/common")),
-    Layer("src/backends/cpu/common", ("src/backend/ops.h",)),
+    Layer("src/backends/cpu/common", ("src/backend/ops.h", "src/backend/count_rounding.h")),
     Layer("src/backends/cuda/arch", (), CUDA_HEADERS),
-    Layer("src/backends/cuda", ("src/backend/ops.h",), CUDA_HEADERS),
+    Layer("src/backends/cuda", ("src/backend/ops.h", "src/backend/count_rounding.h"), CUDA_HEADERS),
     # The registry lists the backends by name: it sees the one header of each that declares it.
     Layer(
         "src/backend",

@@ -44,4 +44,8 @@ PENSTOCK_API std::string why_not(std::string_view backend, const ExpertsProblem&
 // ErrorCode::unsupported with every candidate's reason if there is none.
 PENSTOCK_API std::string_view chosen_backend(const ExpertsProblem& problem, const Context& context);
 
+// Rows of one tile of the grouped products of the backend that runs this problem: what
+// token_rounding rounds to, unless it is told otherwise.
+PENSTOCK_API int64_t tile_rows(const ExpertsProblem& problem, const Context& context);
+
 }  // namespace penstock

@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from penstock import functional
+from penstock import functional, routers
 from penstock._backends import BackendInfo, chosen_backend, list_backends, version, why_not
 from penstock._context import backend
 from penstock.errors import DeviceError, OutOfMemoryError, UnsupportedError
@@ -22,8 +22,9 @@ from penstock.info import collect as info  # the function; the module stays in s
 from penstock.routing import Routing
 
 if TYPE_CHECKING:
-    from penstock import losses, testing
+    from penstock import balance, losses, testing
     from penstock.modules import Experts, MoE
+    from penstock.tape import RoutingTape
 
 __all__ = [
     "BackendInfo",
@@ -32,13 +33,16 @@ __all__ = [
     "MoE",
     "OutOfMemoryError",
     "Routing",
+    "RoutingTape",
     "UnsupportedError",
     "backend",
+    "balance",
     "chosen_backend",
     "functional",
     "info",
     "list_backends",
     "losses",
+    "routers",
     "testing",
     "version",
     "why_not",
@@ -47,6 +51,8 @@ __all__ = [
 _WITH_TORCH = {
     "MoE": ("penstock.modules", "MoE"),
     "Experts": ("penstock.modules", "Experts"),
+    "RoutingTape": ("penstock.tape", "RoutingTape"),
+    "balance": ("penstock.balance", None),
     "losses": ("penstock.losses", None),
     "testing": ("penstock.testing", None),
 }

@@ -52,6 +52,25 @@ def current() -> CallContext:
     return _current.get()
 
 
+def context_key() -> str:
+    """The context for a torch operator: packed now, or read by it where it is being compiled."""
+    import torch
+
+    return "" if torch.compiler.is_compiling() else current().pack()
+
+
+def refuse_transforms() -> None:
+    """NotImplementedError inside a transform of torch.func, where operators lose derivatives."""
+    import torch
+
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func: got a call of penstock inside vmap, grad, jvp or another transform, "
+            "expected plain autograd. Use torch.autograd.grad; in place of vmap, fold the mapped "
+            "dimension into the tokens"
+        )
+
+
 @contextmanager
 def backend(
     name: str | None = None,

@@ -116,9 +116,9 @@ def call_tuple(context: CallContext, like: Any) -> tuple[Any, ...]:
 
 def problem_of(x: Any, weights: Weights, plan: Plan, config: Config) -> Problem:
     """The problem of a call, by the shapes of its tensors."""
-    _check_rank("x", x, 2, "(num_tokens, hidden_size)")
-    _check_rank("w1", weights.w1, 3, "(num_experts, rows, columns)")
-    _check_rank("w2", weights.w2, 3, "(num_experts, rows, columns)")
+    check_rank("x", x, 2, "(num_tokens, hidden_size)")
+    check_rank("w1", weights.w1, 3, "(num_experts, rows, columns)")
+    check_rank("w2", weights.w2, 3, "(num_experts, rows, columns)")
     arrays = arrays_of(x)
     num_tokens, hidden_size = x.shape
     return Problem(
@@ -163,42 +163,10 @@ def router_logits_backward(
 
 
 @ranged
-def route(logits: Any, top_k: int, router: str, context: CallContext) -> tuple[Any, Any]:
-    """Scores and ids (T, K) of the K experts of each token."""
-    _check_rank("logits", logits, 2, "(num_tokens, num_experts)")
-    if not 1 <= top_k <= logits.shape[1]:
-        raise invalid(
-            "top_k", top_k, f"1 to num_experts = {logits.shape[1]}", "Choose within the experts"
-        )
-    arrays = arrays_of(logits)
-    shape = (logits.shape[0], top_k)
-    scores = arrays.empty(shape, arrays.dtype_name(logits), logits)
-    ids = arrays.empty(shape, "int32", logits)
-    library().route(call_tuple(context, logits), router, pass_on(logits, logits, scores, ids))
-    return scores, ids
-
-
-@ranged
-def route_backward(
-    dscores: Any, saved: tuple[Any, Any, Any], num_experts: int, router: str, context: CallContext
-) -> Any:
-    """The logits' gradient (T, E); `saved` is (logits or None, scores, ids).
-
-    softmax_topk needs no logits: its scores say all.
-    """
-    logits, scores, ids = saved
-    arrays = arrays_of(scores)
-    dlogits = arrays.empty((scores.shape[0], num_experts), arrays.dtype_name(scores), scores)
-    tensors = pass_on(scores, logits, scores, ids, dscores, dlogits)
-    library().route_backward(call_tuple(context, scores), router, tensors)
-    return dlogits
-
-
-@ranged
 def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext) -> Plan:
     """The plan of flat ids (slots); `shape` is (num_tokens, num_experts)."""
     num_tokens, num_experts = shape
-    _check_rank("ids", ids, 1, "(slots,)")
+    check_rank("ids", ids, 1, "(slots,)")
     num_slots = ids.shape[0]
     if token_offsets is None and (num_slots % num_tokens if num_tokens else num_slots):
         raise invalid(
@@ -293,8 +261,8 @@ def plan_arguments(plan: Plan) -> tuple[Any, int]:
 
 
 def _router_problem(x: Any, weight: Any) -> Problem:
-    _check_rank("x", x, 2, "(num_tokens, hidden_size)")
-    _check_rank("router_weight", weight, 2, "(num_experts, hidden_size)")
+    check_rank("x", x, 2, "(num_tokens, hidden_size)")
+    check_rank("router_weight", weight, 2, "(num_experts, hidden_size)")
     arrays = arrays_of(x)
     if arrays.dtype_name(weight) != arrays.dtype_name(x):
         raise invalid(
@@ -313,6 +281,7 @@ def _router_problem(x: Any, weight: Any) -> Problem:
     )
 
 
-def _check_rank(name: str, array: Any, rank: int, shape: str) -> None:
+def check_rank(name: str, array: Any, rank: int, shape: str) -> None:
+    """ValueError unless `array` has `rank` dimensions; `shape` names them."""
     if array.ndim != rank:
         raise invalid(name, f"shape {tuple(array.shape)}", f"{rank} dimensions {shape}", "Reshape")

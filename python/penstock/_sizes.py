@@ -26,7 +26,7 @@ def saved_bytes(
 
     shape: (num_tokens, hidden_size, intermediate_size, num_experts, top_k). H (preactivation
     only), scores and ids of every slot, three maps, counts and offsets; and the logits where the
-    router is a softmax over all experts, whose gradient needs them. router=None counts the experts
+    router's gradient needs them, as all but softmax_topk's do. router=None counts the experts
     alone: no ids, no logits, as in moe_experts with the caller's own routing. "nothing" keeps 0.
     """
     if save == "nothing":
@@ -65,6 +65,18 @@ def workspace_bytes(
     config = Config(activation=activation, save=save)
     query = getattr(library(), f"{which}_workspace_bytes")
     return query(call, config, problem_of_shape(shape, dtype, device))
+
+
+def tile_rows(
+    shape: tuple[int, int, int, int, int], *, dtype: str = "float32", device: str = "cpu"
+) -> int:
+    """Rows of a tile of the products, on the backend in force: what token rounding rounds to.
+
+    shape as for saved_bytes. The reference backend has no tiles and answers 1.
+    """
+    context = current()
+    call = (context.backend, context.threads, 0, context.sm_budget, context.id_checks, "")
+    return library().tile_rows(call, Config(), problem_of_shape(shape, dtype, device))
 
 
 def problem_of_shape(

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from penstock import _engine, _engine_backward
+from penstock import _engine, _engine_backward, _engine_route, routers
 from penstock._arrays import TorchArrays, arrays_of, is_torch
-from penstock._context import current
+from penstock._context import context_key, current, refuse_transforms
 from penstock._engine import Config, Plan, Weights
 from penstock._engine_backward import Grads, Into, Saved
-from penstock._sizes import saved_bytes, workspace_bytes
+from penstock._engine_route import Routed, RouterSpec
+from penstock._sizes import saved_bytes, tile_rows, workspace_bytes
 from penstock.errors import invalid
-from penstock.routing import Routing, router_name
+from penstock.routing import SOFTMAX_ROUTERS, Routing, router_name
 
 __all__ = [
     "Config",
@@ -40,6 +41,7 @@ __all__ = [
     "router_logits",
     "router_logits_backward",
     "saved_bytes",
+    "tile_rows",
     "workspace_bytes",
 ]
 
@@ -50,7 +52,7 @@ def router_logits(x: Any, router_weight: Any) -> Any:
     x (T, d), router_weight (E, d), of one dtype. torch: differentiable in both.
     """
     if is_torch(x):
-        return _ops().router_logits(_packed_rows(x), router_weight, _context_key())
+        return _ops().router_logits(_packed_rows(x), router_weight, context_key())
     return _engine.router_logits(x, router_weight, current())
 
 
@@ -59,23 +61,19 @@ def router_logits_backward(dlogits: Any, x: Any, router_weight: Any) -> tuple[An
     return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), current())
 
 
-def route(
-    logits: Any, top_k: int, *, router: str = "softmax_topk", renormalize: bool | None = None
-) -> Routing:
-    """Choose the K experts of each token.
+def route(logits: Any, top_k: int, *, router: str = "softmax_topk", **options: Any) -> Routing:
+    """Choose the experts of each token, by the name of one of penstock.routers.
 
     logits (T, E) fp32 or float64. router: "softmax_topk" (softmax over the chosen logits, Mixtral),
     "topk_softmax" (softmax over all E, then choose; Switch Transformer, arXiv 2101.03961), the
-    latter with renormalize=True divided by the sum of the chosen. Experts come by falling logit,
-    ties by the lower id; a NaN logit ranks below every number, so ids are distinct and valid.
-    torch: the scores are differentiable in the logits.
+    latter with renormalize=True divided by the sum of the chosen; "sigmoid_topk", "token_rounding",
+    "expert_choice", "threshold". options: those of the function of that name in penstock.routers.
+    Experts come by falling logit, ties by the lower id; a NaN logit ranks below every number, so
+    ids are distinct and valid. torch: the scores are differentiable in the logits.
     """
-    name = router_name(router, renormalize)
-    if is_torch(logits):
-        scores, ids = _ops().route(logits.contiguous(), top_k, name, _context_key())
-    else:
-        scores, ids = _engine.route(logits, top_k, name, current())
-    return Routing.from_topk(scores, ids)
+    if router in SOFTMAX_ROUTERS:
+        router = router_name(router, options.pop("renormalize", None))
+    return routers.route_by_name(logits, top_k, router, options)
 
 
 def route_backward(
@@ -83,15 +81,23 @@ def route_backward(
     logits: Any,
     routing: Routing,
     *,
-    router: str = "softmax_topk",
+    router: str | None = None,
     renormalize: bool | None = None,
 ) -> Any:
-    """The logits' gradient (T, E) from that of the scores (T, K), for NumPy arrays or by hand."""
-    scores, ids = routing.topk()
-    name = router_name(router, renormalize)
-    dscores = dscores.reshape(scores.shape)
-    saved = (logits, scores, ids)
-    return _engine.route_backward(dscores, saved, logits.shape[1], name, current())
+    """The logits' gradient (T, E) from that of the scores, for NumPy arrays or by hand.
+
+    dscores: (T, K), or flat over slots. router and renormalize: for a routing that no function of
+    penstock made, one of the softmax routers.
+    """
+    spec = routing.router
+    if router is not None or spec is None:
+        spec = RouterSpec(router_name(router or "softmax_topk", renormalize), top_k=routing.top_k)
+    arrays = (routing.scores, routing.ids)
+    if spec.fixed_top_k:
+        arrays = routing.topk()
+    routed = Routed(*arrays, routing.token_offsets)
+    dscores = dscores.reshape(arrays[0].shape)
+    return _engine_route.route_backward(dscores, (logits, routed), logits.shape[1], spec, current())
 
 
 def make_plan(routing: Routing, num_experts: int) -> Plan:
@@ -103,7 +109,7 @@ def make_plan(routing: Routing, num_experts: int) -> Plan:
     shape = (routing.num_tokens, num_experts)
     if not is_torch(routing.ids):
         return _engine.build_plan(routing.ids, routing.token_offsets, shape, current())
-    arrays = _ops().plan(routing.ids, routing.token_offsets, *shape, _context_key())
+    arrays = _ops().plan(routing.ids, routing.token_offsets, *shape, context_key())
     top_k = 0 if routing.token_offsets is not None else max(routing.top_k, 1)
     return Plan(*arrays, routing.token_offsets, top_k)
 
@@ -256,24 +262,10 @@ def moe_experts_backward(
 
 
 def _ops() -> Any:
-    import torch
-
+    refuse_transforms()
     from penstock import _torch_ops
 
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "torch.func: got a call of penstock inside vmap, grad, jvp or another transform, "
-            "expected plain autograd. Use torch.autograd.grad; in place of vmap, fold the mapped "
-            "dimension into the tokens"
-        )
     return _torch_ops
-
-
-def _context_key() -> str:
-    """The context for an operator: read now, or by the operator where this is being compiled."""
-    import torch
-
-    return "" if torch.compiler.is_compiling() else current().pack()
 
 
 def _weights(matrices: tuple[Any, Any], biases: tuple[Any, Any]) -> Weights:
@@ -334,7 +326,7 @@ def _experts(
 
         return experts_with_seams(operands, the_plan, config, Seams(main_grad, delayed, trainable))
     output, _ = _ops().experts(
-        x, scores, *weights, trainable, *the_plan, config.pack(), config.clamp, _context_key()
+        x, scores, *weights, trainable, *the_plan, config.pack(), config.clamp, context_key()
     )
     return output
 

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock import functional
+from penstock import functional, routers
 from penstock._engine import GATED, Plan
+from penstock.balance import recomputing
 from penstock.errors import invalid
-from penstock.routing import Routing, router_name
+from penstock.routing import Routing
 from penstock.stats import MoEStats
+from penstock.tape import RoutingTape
 
 ACTIVATIONS = (*GATED, "silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 GATE_LAYOUTS = ("concatenated", "interleaved")
@@ -145,14 +147,40 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """The router's weight (E, d), a projection without bias; the choice is functional.route's."""
+    """The router's weight (E, d), a projection without bias; the choice is functional.route's.
 
-    def __init__(self, hidden_size: int, num_experts: int, device: Any, dtype: Any) -> None:
+    With balanced=True two buffers besides: score_bias (E), which steers the choice of sigmoid_topk
+    and belongs to the state dict, and load (E) int64, the rows of each expert in training since
+    penstock.balance.update_bias last read them. score_bias stays fp32 or wider whatever the
+    module is cast to: its steps are smaller than half precision resolves.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, device: Any, dtype: Any, *, balanced: bool = False
+    ) -> None:
         super().__init__()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        bias = torch.zeros(num_experts, device=device, dtype=wide) if balanced else None
+        load = torch.zeros(num_experts, device=device, dtype=torch.int64) if balanced else None
+        self.register_buffer("score_bias", bias)
+        self.register_buffer("load", load, persistent=False)
         self.weight = nn.Parameter(
             torch.empty((num_experts, hidden_size), device=device, dtype=dtype)
         )
         self.reset_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Router:
+        """Move and cast, except that the bias is never narrowed."""
+        bias = self.score_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.score_bias.dtype not in (torch.float32, torch.float64):
+            self.score_bias = bias.to(self.score_bias.device)
+        return self
+
+    def count(self, expert_counts: Tensor) -> None:
+        """Add a training call's rows to the load; a recomputation in backward counts nothing."""
+        if self.load is not None and self.training and not recomputing():
+            self.load += expert_counts
 
     def reset_parameters(self) -> None:
         """Draw the weight anew, as torch.nn.Linear does."""
@@ -185,7 +213,9 @@ class MoE(nn.Module):
     y = sum over the top_k experts of S_e expert_e(x), plus shared_expert(x) where
     shared_intermediate_size > 0. x (..., d), y alike (autocast's dtype under autocast).
 
-    router: "softmax_topk", "topk_softmax" or "topk_softmax_normalized", see functional.route.
+    router: the name of one of penstock.routers, with its options in router_options. Under
+    token_rounding the layer chooses a plain top K in evaluation, with the same scores. Under
+    sigmoid_topk the layer has a bias, layer.router.score_bias, that penstock.balance keeps up.
     activation, bias, gate_layout, save, clamp_alpha, clamp_limit, main_grad: see Experts.
     After a call, layer.stats has loads, idle_experts and the losses aux_loss (Switch Transformer,
     arXiv 2101.03961), z_loss (ST-MoE, arXiv 2202.08906) and total_loss, which weighs the two by
@@ -203,6 +233,7 @@ class MoE(nn.Module):
         bias: bool = False,
         gate_layout: str = "concatenated",
         router: str = "softmax_topk",
+        router_options: dict[str, Any] | None = None,
         save: str = "preactivation",
         shared_intermediate_size: int = 0,
         aux_loss_coef: float = 0.0,
@@ -231,7 +262,9 @@ class MoE(nn.Module):
         self.hidden_size = hidden_size
         self.num_experts = num_experts
         self.top_k = top_k
-        self.router_kind = router_name(router, None)
+        self.router_kind = router
+        self.router_options = dict(router_options or {})
+        _check_router(router, self.router_options)
         self.loss_coefficients = (float(aux_loss_coef), float(z_loss_coef))
         settings: dict[str, Any] = {
             "activation": activation,
@@ -244,7 +277,8 @@ class MoE(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        self.router = Router(hidden_size, num_experts, device, dtype)
+        balanced = router == "sigmoid_topk"
+        self.router = Router(hidden_size, num_experts, device, dtype, balanced=balanced)
         self.experts = Experts(hidden_size, intermediate_size, num_experts, **settings)
         self.shared_expert = (
             Experts(hidden_size, shared_intermediate_size, 1, **settings)
@@ -252,6 +286,7 @@ class MoE(nn.Module):
             else None
         )
         self.stats: MoEStats | None = None
+        self.tape: RoutingTape | None = None  # set by penstock.RoutingTape for a block
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output for x (..., d), the same shape."""
@@ -269,7 +304,8 @@ class MoE(nn.Module):
         logits, routing = self.route(rows)
         plan = functional.plan(routing, self.num_experts)
         y = self.experts(rows, routing, plan=plan)
-        self.stats = MoEStats(logits, plan.expert_counts, self.loss_coefficients)
+        self.router.count(plan.expert_counts)
+        self.stats = MoEStats(logits, plan.expert_counts, self.loss_coefficients, routing)
         if self.shared_expert is not None:
             everyone = torch.full((1,), rows.shape[0], dtype=torch.int32, device=x.device)
             y = y + self.shared_expert.forward_rows(rows, everyone)
@@ -278,15 +314,28 @@ class MoE(nn.Module):
     def route(self, rows: Tensor) -> tuple[Tensor, Routing]:
         """Logits (T, E) and the routing of rows (T, d)."""
         logits = self.router(rows)
-        return logits, functional.route(logits, self.top_k, router=self.router_kind)
+        if self.tape is not None:
+            return logits, self.tape.routing(self, logits)
+        return logits, self.choose(logits)
+
+    def choose(self, logits: Tensor) -> Routing:
+        """The routing of logits (T, E) by the layer's router, in its mode."""
+        name, options = self.router_kind, self.router_options
+        if name == "token_rounding" and not self.training:
+            renormalize = options.get("renormalize", True)
+            return routers.topk_softmax(logits, self.top_k, renormalize=renormalize)
+        if self.router.score_bias is not None:
+            options = {**options, "bias": self.router.score_bias.to(logits.dtype)}
+        return functional.route(logits, self.top_k, router=name, **options)
 
     def extra_repr(self) -> str:
         """The settings that no child shows, for print(module)."""
-        return f"top_k={self.top_k}, router={self.router_kind!r}"
+        options = "".join(f", {name}={value!r}" for name, value in self.router_options.items())
+        return f"top_k={self.top_k}, router={self.router_kind!r}{options}"
 
     def __getstate__(self) -> dict[str, Any]:
         """The module's state without stats, whose tensors belong to one call's graph."""
-        return {**self.__dict__, "stats": None}
+        return {**self.__dict__, "stats": None, "tape": None}
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -305,6 +354,17 @@ def _check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise invalid(name, size, "1 or more", "Pass the layer's size")
+
+
+def _check_router(router: str, options: dict[str, Any]) -> None:
+    routers.check_options(router, options)
+    if "bias" in options:
+        raise invalid(
+            "router_options",
+            "a bias",
+            "the other options: the layer has a bias of its own",
+            "Write to layer.router.score_bias",
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

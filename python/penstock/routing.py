@@ -8,22 +8,36 @@ functional.plan and functional.moe_experts. Arrays are torch tensors or NumPy ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
+from penstock._engine_route import RouterSpec
 from penstock.errors import invalid
 
-ROUTERS = ("softmax_topk", "topk_softmax", "topk_softmax_normalized")
+SOFTMAX_ROUTERS = ("softmax_topk", "topk_softmax", "topk_softmax_normalized")
+
+
+class RoutingReport(NamedTuple):
+    """What a router without a fixed K counted: five integers, read from the device."""
+
+    pairs: int  # live slots
+    tokens_without_expert: int  # their output is 0
+    dropped: int  # pairs that lost their place, to rounding or for want of slots
+    added: int  # pairs that rounding added
+    rounded: int  # 1, or 0 where there are fewer tokens than a tile and nothing was rounded
 
 
 @dataclass
 class Routing:
-    """Scores and ids of every slot, flat.
+    """Scores and ids of every slot, flat; also what a router tells of them.
 
     scores: (slots) fp32, or float64 for a float64 layer.
     ids: (slots) int32 or int64. -1, or any id >= E, skips the slot.
     num_tokens: T. top_k: K, or 0 with token_offsets.
-    token_offsets: (T+1) int32 where tokens have differing numbers of experts, else None.
+    token_offsets: (T+1) int32 where tokens have differing numbers of experts, else None. Slots at
+    or past the last offset are padding and hold ids of -1.
+    report: (5) int32 of a router without a fixed K, else None; see read_report.
+    router: how the scores follow from the logits, where a router of penstock made them.
     """
 
     scores: Any
@@ -31,6 +45,8 @@ class Routing:
     num_tokens: int
     top_k: int = 0
     token_offsets: Any = None
+    report: Any = None
+    router: RouterSpec | None = None
 
     @classmethod
     def from_topk(cls, scores: Any, ids: Any) -> Routing:
@@ -57,11 +73,32 @@ class Routing:
         shape = (self.num_tokens, self.top_k)
         return self.scores.reshape(shape), self.ids.reshape(shape)
 
+    def read_report(self) -> RoutingReport:
+        """The report as numbers; waits for the device. ValueError where K is fixed."""
+        if self.report is None:
+            raise invalid(
+                "Routing.read_report()",
+                "a routing whose tokens have K experts each, or that the caller brought",
+                "one of token_rounding, expert_choice or threshold",
+                "There is nothing to count",
+            )
+        return RoutingReport(*map(int, self.report.tolist()))
+
+    def with_scores(self, scores: Any) -> Routing:
+        """The same routing with other scores (slots)."""
+        return replace(self, scores=scores)
+
+    def detach(self) -> Routing:
+        """The same routing without the graph of its scores (torch)."""
+        return self.with_scores(self.scores.detach())
+
 
 def router_name(router: str, renormalize: bool | None) -> str:
-    """The engine's name of a router and its options."""
-    if router not in ROUTERS:
-        raise invalid("router", repr(router), "one of " + ", ".join(ROUTERS), "Check the spelling")
+    """The engine's name of a softmax router and its option."""
+    if router not in SOFTMAX_ROUTERS:
+        raise invalid(
+            "router", repr(router), "one of " + ", ".join(SOFTMAX_ROUTERS), "Check the spelling"
+        )
     if renormalize is None:
         return router
     if router == "softmax_topk":

@@ -10,15 +10,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from penstock import losses
+from penstock.routing import Routing, RoutingReport
 
 
 class MoEStats:
     """Loads and losses of one call of penstock.MoE; T tokens, E experts."""
 
-    def __init__(self, logits: Tensor, loads: Tensor, coefficients: tuple[float, float]) -> None:
+    def __init__(
+        self, logits: Tensor, loads: Tensor, coefficients: tuple[float, float], routing: Routing
+    ) -> None:
         self.logits = logits  # (T, E) fp32, with the router's graph
         self.loads = loads  # (E) int32: rows of each expert
         self.coefficients = coefficients  # of the auxiliary loss and of the z-loss
+        self.routing = routing.detach()  # who went where
+
+    @property
+    def report(self) -> RoutingReport | None:
+        """What was dropped, added and left without an expert; None where K is fixed."""
+        return None if self.routing.report is None else self.routing.read_report()
 
     @property
     def aux_loss(self) -> Tensor:
@@ -40,6 +49,25 @@ class MoEStats:
         if z != 0.0:
             total = total + z * self.z_loss
         return total
+
+    @property
+    def entropy(self) -> Tensor:
+        """losses.routing_entropy, a scalar in nats."""
+        return losses.routing_entropy(self.logits)
+
+    @property
+    def max_load_violation(self) -> Tensor:
+        """losses.max_load_violation, a scalar: 0 when balanced."""
+        return losses.max_load_violation(self.loads)
+
+    @property
+    def drop_rate(self) -> float:
+        """Pairs that lost their place over pairs chosen; 0 where K is fixed."""
+        report = self.report
+        if report is None:
+            return 0.0
+        chosen = report.pairs - report.added + report.dropped
+        return report.dropped / max(chosen, 1)
 
     @property
     def idle_experts(self) -> Tensor:

@@ -198,9 +198,13 @@ struct Backend {
   // The same for the router's operations, which depend on the storage dtype alone.
   std::string (*why_not_dtype)(DType dtype);
 
+  // Empty if router_forward and router_backward run this router, otherwise why not.
+  std::string (*why_not_router)(const RouteProblem& problem);
+
   // Exact scratch bytes: the largest that any of the operations of this problem needs.
   int64_t (*scratch_bytes)(const ExpertsProblem& problem, const Context& context);
   int64_t (*router_scratch_bytes)(const RouterProblem& problem, const Context& context);
+  int64_t (*route_scratch_bytes)(const RouteProblem& problem, const Context& context);
   int64_t (*plan_scratch_bytes)(int64_t num_slots, int64_t num_experts, const Context& context);
   // Columns of `partials` in DownBackwardArgs.
   int64_t (*score_partials)(const ExpertsProblem& problem);

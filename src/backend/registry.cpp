@@ -67,12 +67,15 @@ class Request {
   explicit Request(const ExpertsProblem& problem)
       : device_(problem.device), dtype_(problem.dtype), problem_(&problem) {}
   Request(Device device, DType dtype) : device_(device), dtype_(dtype) {}
+  explicit Request(const RouteProblem& problem)
+      : device_(problem.device), dtype_(problem.dtype), route_(&problem) {}
 
   const Device& device() const { return device_; }
 
   std::string text() const {
-    return std::string(problem_ != nullptr ? "experts" : "routing") + " in " +
-           std::string(name_of(dtype_)) + " on " + name_of(device_);
+    std::string what = problem_ != nullptr ? "experts" : "routing";
+    if (route_ != nullptr) what = "router " + std::string(name_of(route_->kind));
+    return what + " in " + std::string(name_of(dtype_)) + " on " + name_of(device_);
   }
 
   std::string why_not(const Backend& backend) const {
@@ -82,7 +85,8 @@ class Request {
              ", the tensors are on " + name_of(device_);
     if (problem_ == nullptr) {
       std::string missing = missing_of(router_operations(backend));
-      return missing.empty() ? backend.why_not_dtype(dtype_) : missing;
+      if (missing.empty()) missing = backend.why_not_dtype(dtype_);
+      return missing.empty() && route_ != nullptr ? backend.why_not_router(*route_) : missing;
     }
     std::string missing = missing_of(experts_operations(backend));
     return missing.empty() ? backend.why_not(*problem_) : missing;
@@ -92,6 +96,7 @@ class Request {
   Device device_;
   DType dtype_;
   const ExpertsProblem* problem_ = nullptr;
+  const RouteProblem* route_ = nullptr;
 };
 
 const Backend& backend_named(std::string_view name) {
@@ -145,6 +150,14 @@ const Backend& select_backend(const ExpertsProblem& problem, const Context& cont
 
 const Backend& select_backend(Device device, DType dtype, const Context& context) {
   return select(Request(device, dtype), context);
+}
+
+const Backend& select_backend(const RouteProblem& problem, const Context& context) {
+  return select(Request(problem), context);
+}
+
+int64_t tile_rows(const ExpertsProblem& problem, const Context& context) {
+  return select_backend(problem, context).tile_rows(problem);
 }
 
 std::vector<BackendInfo> list_backends() {

@@ -11,5 +11,7 @@ namespace penstock {
 const Backend& select_backend(const ExpertsProblem& problem, const Context& context);
 // The same for the router's operations and the plan.
 const Backend& select_backend(Device device, DType dtype, const Context& context);
+// The same for one router.
+const Backend& select_backend(const RouteProblem& problem, const Context& context);
 
 }  // namespace penstock

@@ -5,6 +5,7 @@
 #include "ffi/convert.h"
 
 #include <array>
+#include <limits>
 #include <string>
 
 namespace penstock::binding {
@@ -31,6 +32,12 @@ Enum by_name(std::string_view what, std::string_view name, const std::array<Enum
     expected.append(" ").append(name_of(value));
   }
   refuse(std::string(what), in_quotes(name), expected, "Check the spelling");
+}
+
+int32_t int32_of(std::string_view what, int64_t value) {
+  if (value >= std::numeric_limits<int32_t>::min() && value <= std::numeric_limits<int32_t>::max())
+    return static_cast<int32_t>(value);
+  refuse(std::string(what), std::to_string(value), "a 32-bit integer", "Pass a smaller number");
 }
 
 DType storage_of(const DLDataType& dtype, std::string_view name, DType uint16_as) {
@@ -85,8 +92,18 @@ constexpr std::array kGateLayouts = {GateLayout::concatenated, GateLayout::inter
 constexpr std::array kWeightOrders = {WeightOrder::output_major, WeightOrder::input_major};
 constexpr std::array kSavePolicies = {SavePolicy::preactivation, SavePolicy::input,
                                       SavePolicy::nothing};
-constexpr std::array kRouters = {RouterKind::softmax_topk, RouterKind::topk_softmax,
-                                 RouterKind::topk_softmax_normalized};
+constexpr std::array kRouters = {
+    RouterKind::softmax_topk, RouterKind::topk_softmax,   RouterKind::topk_softmax_normalized,
+    RouterKind::sigmoid_topk, RouterKind::token_rounding, RouterKind::expert_choice,
+    RouterKind::threshold};
+constexpr std::array kSelections = {Selection::chosen, Selection::given};
+constexpr std::array kScalings = {ScoreScaling::normalized, ScoreScaling::plain};
+constexpr std::array kRoundingModes = {RoundingMode::nearest_count,
+                                       RoundingMode::stochastic_count,
+                                       RoundingMode::nearest_score,
+                                       RoundingMode::balanced_count,
+                                       RoundingMode::up,
+                                       RoundingMode::down};
 constexpr std::array kDTypes = {DType::float64, DType::float32, DType::float16, DType::bfloat16,
                                 DType::int32,   DType::int64,   DType::uint8};
 constexpr std::array<std::string_view, 6> kWeightNames = {"w1", "w1_up", "w2", "b1", "b1_up", "b2"};
@@ -208,7 +225,30 @@ ExpertWeights weights_of(const Tensors& tensors, const Scope& scope) {
           .b2 = group[5]};
 }
 
-RouterKind router_of(const ffi::String& name) { return by_name("router", text(name), kRouters); }
+RouteProblem router_of(const Router& router) {
+  RouteProblem result;
+  result.kind = by_name("router", text(router.get<0>()), kRouters);
+  result.selection = by_name("selection", text(router.get<1>()), kSelections);
+  result.options.scaling = by_name("scaling", text(router.get<2>()), kScalings);
+  result.options.rounding = by_name("mode", text(router.get<3>()), kRoundingModes);
+  result.top_k = int32_of("top_k", router.get<4>());
+  result.options.num_groups = int32_of("num_groups", router.get<5>());
+  result.options.top_groups = int32_of("top_groups", router.get<6>());
+  result.options.tile = router.get<7>();
+  result.options.scale = router.get<8>();
+  result.options.threshold = router.get<9>();
+  return result;
+}
+
+RouteProblem route_problem_of(const Router& router, const Problem& problem) {
+  RouteProblem result = router_of(router);
+  result.num_tokens = problem.get<0>();
+  result.num_experts = problem.get<3>();
+  result.num_slots = problem.get<4>();
+  result.dtype = dtype_of(problem.get<6>());
+  result.device = device_of(problem.get<7>(), problem.get<8>());
+  return result;
+}
 
 DType dtype_of(const ffi::String& name) { return by_name("dtype", text(name), kDTypes); }
 

@@ -39,6 +39,10 @@ using Problem = ffi::Tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
 // dropped_slots; then top_k
 using Plan = ffi::Tuple<Tensors, int64_t>;
 
+// name, selection, scaling, rounding mode; top_k, num_groups, top_groups, tile; scale, threshold
+using Router = ffi::Tuple<ffi::String, ffi::String, ffi::String, ffi::String, int64_t, int64_t,
+                          int64_t, int64_t, double, double>;
+
 // Reads the tensors of one group by position. `names` are what errors call them, and must outlive
 // the group.
 class Group {
@@ -76,7 +80,10 @@ ExpertsProblem problem_of(const Config& config, const Problem& problem);
 RoutingPlan plan_of(const Plan& plan);
 // Six tensors: w1, w1_up, w2, b1, b1_up, b2.
 ExpertWeights weights_of(const Tensors& tensors, const Scope& scope);
-RouterKind router_of(const ffi::String& name);
+// The router's kind, selection, options and top_k; no sizes.
+RouteProblem router_of(const Router& router);
+// The same with the sizes of `problem`.
+RouteProblem route_problem_of(const Router& router, const Problem& problem);
 Device device_of(const ffi::String& type, int64_t index);
 DType dtype_of(const ffi::String& name);
 TensorView view_of(const ffi::Optional<ffi::Tensor>& tensor, std::string_view name,

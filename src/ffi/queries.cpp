@@ -43,7 +43,7 @@ ffi::String chosen_backend_experts(CallContext call, Config config, Problem prob
 }
 
 template <int64_t (*Query)(const ExpertsProblem&, const Context&)>
-int64_t bytes(CallContext call, Config config, Problem problem) {
+int64_t answer(CallContext call, Config config, Problem problem) {
   return guarded([&] {
     const Scope scope(call);
     return Query(problem_of(config, problem), scope.context());
@@ -64,6 +64,14 @@ int64_t router_bytes(CallContext call, Problem problem) {
                                   .dtype = dtype_of(problem.get<6>()),
                                   .device = device_of(problem.get<7>(), problem.get<8>())};
     return router_workspace_bytes(router, scope.context());
+  });
+}
+
+// `problem` carries only num_tokens, num_experts, num_slots, dtype and device here.
+int64_t route_bytes(CallContext call, Router router, Problem problem) {
+  return guarded([&] {
+    const Scope scope(call);
+    return route_workspace_bytes(route_problem_of(router, problem), scope.context());
   });
 }
 
@@ -89,13 +97,15 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(list_backends, backends);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(why_not, why_not_experts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(chosen_backend, chosen_backend_experts);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_workspace_bytes, bytes<forward_workspace_bytes>);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_workspace_bytes, bytes<backward_workspace_bytes>);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_data_workspace_bytes, bytes<backward_data_workspace_bytes>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(forward_workspace_bytes, answer<forward_workspace_bytes>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_workspace_bytes, answer<backward_workspace_bytes>);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_data_workspace_bytes, answer<backward_data_workspace_bytes>);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(backward_weights_workspace_bytes,
-                              bytes<backward_weights_workspace_bytes>);
+                              answer<backward_weights_workspace_bytes>);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(saved_bytes, saved);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(router_workspace_bytes, router_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(route_workspace_bytes, route_bytes);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(tile_rows, answer<tile_rows>);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_workspace_bytes, plan_bytes);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(prefer_large_pages, large_pages);
 

@@ -14,8 +14,10 @@ using Names = std::string_view;
 constexpr std::array<Names, 4> kLogits = {"x", "router_weight", "logits", "workspace"};
 constexpr std::array<Names, 6> kLogitsBackward = {
     "dlogits", "x", "router_weight", "dx", "drouter_weight", "workspace"};
-constexpr std::array<Names, 3> kRoute = {"logits", "scores", "ids"};
-constexpr std::array<Names, 5> kRouteBackward = {"logits", "scores", "ids", "dscores", "dlogits"};
+constexpr std::array<Names, 8> kRoute = {"logits", "scores",        "ids",    "bias",
+                                         "seed",   "token_offsets", "report", "workspace"};
+constexpr std::array<Names, 7> kRouteBackward = {"logits",  "scores",        "ids",      "dscores",
+                                                 "dlogits", "token_offsets", "workspace"};
 constexpr std::array<Names, 4> kPlan = {"scores", "ids", "token_offsets", "workspace"};
 
 void logits_forward(CallContext call, Tensors tensors) {
@@ -44,26 +46,42 @@ void logits_backward(CallContext call, Tensors tensors) {
   });
 }
 
-void route(CallContext call, ffi::String router, Tensors tensors) {
+void route(CallContext call, Router router, Tensors tensors) {
   guarded([&] {
     const Scope scope(call);
     const Group group(tensors, kRoute, scope.uint16_as());
-    router_forward(
-        {.kind = router_of(router), .logits = group[0], .scores = group[1], .ids = group[2]},
-        scope.context());
+    const RouteProblem how = router_of(router);
+    router_forward({.kind = how.kind,
+                    .logits = group[0],
+                    .scores = group[1],
+                    .ids = group[2],
+                    .options = how.options,
+                    .top_k = how.top_k,
+                    .bias = group[3],
+                    .seed = group[4],
+                    .token_offsets = group[5],
+                    .report = group[6],
+                    .selection = how.selection,
+                    .workspace = group.workspace(7)},
+                   scope.context());
   });
 }
 
-void route_backward(CallContext call, ffi::String router, Tensors tensors) {
+void route_backward(CallContext call, Router router, Tensors tensors) {
   guarded([&] {
     const Scope scope(call);
     const Group group(tensors, kRouteBackward, scope.uint16_as());
-    router_backward({.kind = router_of(router),
+    const RouteProblem how = router_of(router);
+    router_backward({.kind = how.kind,
                      .logits = group[0],
                      .scores = group[1],
                      .ids = group[2],
                      .dscores = group[3],
-                     .dlogits = group[4]},
+                     .dlogits = group[4],
+                     .options = how.options,
+                     .top_k = how.top_k,
+                     .token_offsets = group[5],
+                     .workspace = group.workspace(6)},
                     scope.context());
   });
 }

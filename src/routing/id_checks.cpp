@@ -69,9 +69,19 @@ void check_token_offsets(const Routing& routing) {
             std::to_string(offsets[token]) + " then " + std::to_string(offsets[token + 1]) +
                 " at token " + std::to_string(token),
             "offsets that never fall", std::string(kRemedy)});
-  if (offsets[routing.num_tokens] != routing.num_slots())
-    fail({"token_offsets", "a last offset of " + std::to_string(offsets[routing.num_tokens]),
-          std::to_string(routing.num_slots()) + ", the number of ids", std::string(kRemedy)});
+  const int64_t last = offsets[routing.num_tokens];
+  if (last > routing.num_slots())
+    fail({"token_offsets", "a last offset of " + std::to_string(last),
+          "at most " + std::to_string(routing.num_slots()) + ", the number of ids",
+          std::string(kRemedy)});
+  visit_index(routing.ids.dtype, [&](auto tag) {
+    const auto* ids = routing.ids.as<const typename decltype(tag)::type>();
+    for (int64_t slot = last; slot < routing.num_slots(); ++slot)
+      if (ids[slot] >= 0)
+        fail({"ids", std::to_string(ids[slot]) + " at slot " + std::to_string(slot),
+              "-1 at and past the last offset of token_offsets, " + std::to_string(last),
+              "Write -1 there, or pass the ids up to that offset."});
+  });
 }
 
 void check_ids(const Routing& routing, int64_t num_experts) {

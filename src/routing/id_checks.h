@@ -8,8 +8,8 @@
 
 namespace penstock {
 
-// token_offsets start at 0, never fall, and end at the number of slots: they address memory, so on
-// the CPU this is checked in every mode.
+// token_offsets start at 0, never fall, and end within the slots, of which the rest have ids of -1:
+// they address memory, so on the CPU this is checked in every mode.
 void check_token_offsets(const Routing& routing);
 
 // IdChecks::checked: an id below -1, or one in [0, E) twice within a token, is an error that names

@@ -9,7 +9,8 @@ import torch
 
 import penstock
 from penstock import _torch_ops as ops
-from penstock import functional
+from penstock import _torch_routing as routing_ops
+from penstock import functional, routers
 from penstock._context import CallContext
 from penstock._engine import Config
 
@@ -47,15 +48,21 @@ def test_opcheck_router_logits():
         torch.library.opcheck(ops.router_logits_backward, (dlogits, x, weight, wanted, CONTEXT))
 
 
-@pytest.mark.parametrize("router", plain.ROUTERS)
+@pytest.mark.parametrize("router", routers.NAMES)
 @pytest.mark.filterwarnings("ignore")  # opcheck's own
 def test_opcheck_route(router):
     logits = plain.make_logits(SHAPE)
-    torch.library.opcheck(ops.route, (logits, SHAPE[4], router, CONTEXT))
-    scores, ids = functional.route(logits.detach(), SHAPE[4], router=router).topk()
+    options = {"tile": 2} if router == "token_rounding" else {}
+    routing = functional.route(logits.detach(), SHAPE[4], router=router, **options)
+    spec = routing.router
+    settings = (spec.pack(), spec.numbers, CONTEXT)
+    slots = 0 if spec.fixed_top_k else len(routing.ids)
+    torch.library.opcheck(routing_ops.route, (logits, None, None, slots, *settings))
+    scores, ids = routing.topk() if spec.fixed_top_k else (routing.scores, routing.ids)
+    torch.library.opcheck(routing_ops.replay, (logits, ids, routing.token_offsets, *settings))
     d_scores = torch.ones_like(scores)
-    arguments = (d_scores, logits.detach(), scores, ids, SHAPE[3], router, CONTEXT)
-    torch.library.opcheck(ops.route_backward, arguments)
+    saved = (logits.detach(), scores, ids, routing.token_offsets)
+    torch.library.opcheck(routing_ops.route_backward, (d_scores, *saved, SHAPE[3], *settings))
 
 
 @pytest.mark.filterwarnings("ignore")  # opcheck's own
@@ -127,6 +134,23 @@ def test_compile_without_graph_breaks(compiler, save):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), want[0], rtol=1e-5, atol=1e-6)
+
+
+ROUTER_OPTIONS = {"token_rounding": {"tile": 4}, "sigmoid_topk": {"groups": (2, 1), "scale": 2.0}}
+
+
+@pytest.mark.parametrize("router", routers.NAMES)
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_compile_every_router_without_graph_breaks(router):
+    layer, _ = layer_and_input(router=router, router_options=ROUTER_OPTIONS.get(router))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (10, 33):
+        x = torch.randn(tokens, 16)
+        for a, b in zip(gradients(layer, compiled, x), gradients(layer, layer, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    if layer.router.load is not None:  # each of the four calls counted once
+        assert layer.router.load.sum() == 2 * (10 + 33) * layer.top_k
 
 
 @pytest.mark.filterwarnings("ignore")

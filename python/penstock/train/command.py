@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--clip", run.clip, "largest norm of the gradient")
     _number(group, "--aux-coefficient", run.aux_coefficient, "weight of the load-balancing loss")
     _number(group, "--z-coefficient", run.z_coefficient, "weight of the router's z-loss")
+    _number(
+        group,
+        "--bias-rate",
+        run.bias_rate,
+        "step of the bias of --router sigmoid_topk at the peak of --lr",
+    )
     _number(group, "--seed", run.seed)
     _number(group, "--eval-every", run.eval_every, "steps between evaluations")
     _number(group, "--checkpoint-every", run.checkpoint_every, "steps between checkpoints")
@@ -70,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--intermediate-size", model.intermediate_size, "width of one expert")
     _number(group, "--sequence", model.sequence, "bytes per window")
     _choice(group, "--router", model.router, configs.ROUTERS)
+    _number(
+        group,
+        "--tile",
+        model.tile,
+        "rows of a tile, for token_rounding and the padding logged; 0: the backend's",
+    )
+    _choice(group, "--rounding", model.rounding, configs.ROUNDING_MODES, "mode of token_rounding")
+    _number(group, "--threshold", model.threshold, "least score of --router threshold")
     _choice(group, "--save", model.save, configs.SAVE_POLICIES, "what forward keeps for backward")
 
 
@@ -172,6 +186,19 @@ def _next_number(parent: Path) -> Path:
             number += 1
 
 
+def rounding_advice(config: RunConfig) -> str:
+    """What to know before token rounding takes too large a share of an expert's tokens, or ""."""
+    model = config.model
+    per_expert = config.batch * model.sequence * model.top_k / model.experts
+    if model.router != "token_rounding" or per_expert >= 2 * model.tile:
+        return ""
+    return (
+        f"Token rounding to tiles of {model.tile} with {per_expert:.0f} bytes per expert and step: "
+        f"its paper finds quality to hold from {2 * model.tile} on. A larger --batch or a smaller "
+        "--tile gets there."
+    )
+
+
 def _train(folder: Path, config: RunConfig, corpus) -> int:
     from rich.console import Console
 
@@ -187,6 +214,8 @@ def _train(folder: Path, config: RunConfig, corpus) -> int:
         f"{len(corpus.held_out):,} held out ({corpus.split}). Run: {folder}"
     )
     display.line(f"On {resolve_placement(config)}")
+    if advice := rounding_advice(config):
+        display.line(advice)
     windows = evaluation_windows(corpus.held_out, config.model.sequence, EVALUATION_WINDOWS)
     with locked(folder), loop.StopRequest() as stop:
         settings = json.dumps(config.to_json(), indent=2) + "\n"

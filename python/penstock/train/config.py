@@ -13,12 +13,14 @@ import dataclasses
 import typing
 from dataclasses import dataclass, field
 
+import penstock
 from penstock.train.errors import TrainError
 
 FORMAT = 1
 VOCABULARY = 256  # bytes
 
-ROUTERS = ("softmax_topk", "topk_softmax", "topk_softmax_normalized")
+ROUTERS = tuple(penstock.routers.NAMES)
+ROUNDING_MODES = penstock.routers.MODES
 SAVE_POLICIES = ("preactivation", "input")
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "fp32", "bf16")
@@ -75,6 +77,9 @@ class ModelConfig:
     intermediate_size: int = 128
     sequence: int = 256
     router: str = "softmax_topk"
+    tile: int = 0  # rows of a tile, for token_rounding and the padding logged; 0: the backend's
+    rounding: str = "NR-f"  # token_rounding: the mode
+    threshold: float = 0.5  # threshold: the least score
     save: str = "preactivation"
     feed_forward: str = "moe"
 
@@ -87,6 +92,9 @@ class ModelConfig:
         _check_range("intermediate_size", self.intermediate_size, 1, 1 << 20)
         _check_range("sequence", self.sequence, 2, 1 << 20)
         _check_choice("router", self.router, ROUTERS)
+        _check_choice("rounding", self.rounding, ROUNDING_MODES)
+        _check_range("tile", self.tile, 0, 1 << 20)
+        _check_range("threshold", self.threshold, 0.0, 1.0)
         _check_choice("save", self.save, SAVE_POLICIES)
         _check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
         if self.hidden_size % (2 * self.heads):
@@ -96,6 +104,14 @@ class ModelConfig:
                 expected=f"a multiple of {2 * self.heads} (two per head, for rotary positions)",
                 remedy="Change --hidden-size or --heads.",
             )
+
+    def router_options(self) -> dict[str, object]:
+        """What penstock.MoE is told of its router: the options that it reads."""
+        if self.router == "token_rounding":
+            return {"mode": self.rounding, "tile": self.tile or None}
+        if self.router == "threshold":
+            return {"threshold": self.threshold}
+        return {}
 
     def as_dense(self) -> ModelConfig:
         """The dense model with as many active parameters: one expert as wide as the K chosen."""
@@ -115,6 +131,7 @@ class RunConfig:
     clip: float = 1.0
     aux_coefficient: float = 0.01
     z_coefficient: float = 0.001
+    bias_rate: float = 0.001  # sigmoid_topk: how far a step moves the bias, at the peak of lr
     seed: int = 0
     eval_every: int = 50
     checkpoint_every: int = 50
@@ -131,6 +148,7 @@ class RunConfig:
         _check_range("clip", self.clip, 1e-12, 1e12)
         _check_range("aux_coefficient", self.aux_coefficient, 0.0, 1e6)
         _check_range("z_coefficient", self.z_coefficient, 0.0, 1e6)
+        _check_range("bias_rate", self.bias_rate, 0.0, 1e3)
         _check_range("seed", self.seed, 0, 2**63 - 1)
         _check_range("eval_every", self.eval_every, 1, 10**9)
         _check_range("checkpoint_every", self.checkpoint_every, 1, 10**9)

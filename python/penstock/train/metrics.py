@@ -2,9 +2,10 @@
 """metrics.jsonl: one JSON object a line, only ever appended to.
 
 Events: "start" and "resume" (step), "train" (step, loss, lr, grad_norm, aux_loss, z_loss,
-idle_experts, max_load, tokens_per_s), "eval" (step, loss, loads (layers, E), idle_experts) and
-"final". Steps lost to a kill are run again after a resume and append again, so a reader drops what
-lies past the resumed step, and ignores a last line cut short.
+idle_experts, max_load, entropy, max_violation, drop_rate, without_expert, padding, tokens_per_s),
+"eval" (step, loss, loads (layers, E), idle_experts) and "final". Steps lost to a kill are run again
+after a resume and append again, so a reader drops what lies past the resumed step, and ignores a
+last line cut short.
 """
 
 from __future__ import annotations

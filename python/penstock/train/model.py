@@ -16,9 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import penstock
+from penstock import functional, losses
 from penstock.train.config import VOCABULARY, ModelConfig
 
 ROTARY_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class RoutingMeasures:
+    """What the routers of the last call did: means over the MoE layers, of one call each."""
+
+    entropy: float  # nats of a token's softmax over the experts
+    max_violation: float  # the largest load over the mean, less 1; the worst layer's
+    drop_rate: float  # pairs that lost their place, of those chosen
+    without_expert: float  # tokens that no expert got, of all
+    padding: float  # rows that filling every expert up to whole tiles would add, of all rows then
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,31 @@ class LanguageModel(nn.Module):
             aux=sum((s.aux_loss for s in stats), zero), z=sum((s.z_loss for s in stats), zero)
         )
 
+    def routing_measures(self) -> RoutingMeasures:
+        """Entropy, violation and losses of the last call; zeros for the dense model."""
+        stats = [layer.stats for layer in self.moe_layers()]
+        if not stats:
+            return RoutingMeasures(0.0, 0.0, 0.0, 0.0, 0.0)
+        count = len(stats)
+        tile = self.config.tile or self._backend_tile(stats[0].logits.shape[0])
+        without = [
+            s.report.tokens_without_expert / max(1, s.logits.shape[0]) for s in stats if s.report
+        ]
+        return RoutingMeasures(
+            entropy=sum(s.entropy.item() for s in stats) / count,
+            max_violation=max(s.max_load_violation.item() for s in stats),
+            drop_rate=sum(s.drop_rate for s in stats) / count,
+            without_expert=sum(without) / count,
+            padding=sum(losses.padding_waste(s.loads, tile).item() for s in stats) / count,
+        )
+
+    def _backend_tile(self, num_tokens: int) -> int:
+        config = self.config
+        shape = (num_tokens, config.hidden_size, config.intermediate_size, config.experts)
+        device = str(self.head.weight.device)
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        return functional.tile_rows((*shape, config.top_k), dtype=dtype, device=device)
+
     def expert_loads(self) -> Tensor:
         """(layers, E) int64 on the CPU: slots each expert got in the last call."""
         loads = [layer.stats.loads.detach().cpu().long() for layer in self.moe_layers()]
@@ -165,6 +202,7 @@ def _feed_forward(config: ModelConfig) -> nn.Module:
         config.top_k,
         activation="swiglu",
         router=config.router,
+        router_options=config.router_options(),
         save=config.save,
     )
 

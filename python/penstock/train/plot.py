@@ -2,8 +2,9 @@
 """train.png: how the loss fell, and who did the work.
 
 Left, loss by step with the unigram and bigram as lines to beat (and the dense model's held-out
-curve where it was trained); right, each expert's share of the held-out text by layer, 1 being an
-equal share. Drawn without a display; written in one piece. Called by report.py.
+curve where it was trained); middle, load violation and entropy of the routers by step; right, each
+expert's share of the held-out text by layer, 1 being an equal share. Drawn without a display;
+written in one piece. Called by report.py.
 """
 
 from __future__ import annotations
@@ -37,15 +38,20 @@ class PlotData:
     marks: dict[str, float]  # name to nats per byte, drawn as horizontal lines
     loads: list[list[float]]  # (layers, E), 1 is an equal share
     dense_held_out: list[tuple[int, float]] = field(default_factory=list)
+    violation: list[tuple[int, float]] = field(
+        default_factory=list
+    )  # (step, largest load / mean - 1)
+    entropy: list[tuple[int, float]] = field(default_factory=list)  # (step, nats)
     title: str = "penstock train"
 
 
 def draw(data: PlotData, path: Path) -> None:
     """Write the picture of `data` to `path`."""
-    figure = Figure(figsize=(12.5, 5.0), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1.0])
+    figure = Figure(figsize=(17.0, 5.0), dpi=110, layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.15, 0.8, 1.0])
     figure.suptitle(data.title, fontsize=12)
     _draw_losses(left, data)
+    _draw_router(middle, data)
     _draw_loads(figure, right, data.loads)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": "penstock"})
@@ -82,6 +88,24 @@ def _draw_losses(axes: Axes, data: PlotData) -> None:
     axes.set_title("Loss")
     axes.grid(alpha=0.25)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=9)
+
+
+def _draw_router(axes: Axes, data: PlotData) -> None:
+    """How uneven the busiest layer is, and how sure of their experts the tokens are."""
+    if not data.violation:
+        axes.set_axis_off()
+        return
+    axes.plot(*zip(*data.violation, strict=True), color=OURS, linewidth=0.9)
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("largest load / mean - 1, worst layer", color=OURS)
+    axes.set_title("Router: load violation and entropy")
+    axes.grid(alpha=0.25)
+    other = axes.twinx()
+    other.plot(*zip(*data.entropy, strict=True), color=DENSE, linewidth=0.9)
+    other.set_ylim(bottom=0.0)
+    other.set_ylabel("entropy of a token's softmax (nats)", color=DENSE)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:

@@ -99,13 +99,15 @@ def _picture(
         dense_held_out=_with_final(_curve(dense_rows, "eval"), results[-2]),
         marks={result.name: result.nats_per_byte for result in results[:2]},
         loads=evaluation.relative_loads(),
+        violation=_curve(rows, "train", "max_violation"),
+        entropy=_curve(rows, "train", "entropy"),
         title=title,
     )
     draw(data, ours.folder / "train.png")
 
 
-def _curve(rows: list[dict], event: str) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in rows if row["event"] == event]
+def _curve(rows: list[dict], event: str, name: str = "loss") -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in rows if row["event"] == event and name in row]
 
 
 def _with_final(curve: list[tuple[int, float]], result: Result) -> list[tuple[int, float]]:

@@ -9,6 +9,7 @@ with the same number of torch threads). No files, no printing. Driven by loop.py
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import penstock
+from penstock import balance
 from penstock.train.config import VOCABULARY, RunConfig
 from penstock.train.data import Corpus, training_windows
 from penstock.train.errors import TrainError
@@ -41,6 +43,11 @@ class StepResult:
     z_loss: float
     idle_experts: int  # over all layers, in this step
     max_load: float  # the busiest expert's slots over an equal share
+    entropy: float  # mean over MoE layers, in nats: 0 where every token is sure of one expert
+    max_violation: float  # the largest load over the mean of its layer, less 1
+    drop_rate: float  # chosen pairs that lost their place, mean over MoE layers
+    without_expert: float  # tokens that no expert got, mean over MoE layers
+    padding: float  # rows that whole tiles would add, of all rows then, mean over MoE layers
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class Trainer:
             betas=BETAS,
             fused=True,
         )
+        self.balancer = balance.BiasBalancer(self.model, config.bias_rate)
+        self.balancer.attach(self.optimizer)
 
     def train_step(self) -> StepResult:
         """Learns from the windows of the current step, then moves to the next."""
@@ -101,6 +110,8 @@ class Trainer:
         lr = learning_rate(config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        # Large steps while the router moves, small ones once it settles.
+        self.balancer.rate = config.bias_rate * lr / config.lr if config.lr else config.bias_rate
         shape = (config.seed, config.batch, config.model.sequence)
         windows = training_windows(self.corpus.train, shape, self.step)
         self.model.train()
@@ -122,6 +133,7 @@ class Trainer:
         self.step += 1
         loads = self.model.expert_loads()
         layers = max(1, len(loads))
+        measures = dataclasses.asdict(self.model.routing_measures())
         return StepResult(
             loss=loss.item(),
             lr=lr,
@@ -130,6 +142,7 @@ class Trainer:
             z_loss=routing.z.item() / layers,
             idle_experts=int((loads == 0).sum()),
             max_load=_max_relative_load(loads),
+            **measures,
         )
 
     @torch.no_grad()

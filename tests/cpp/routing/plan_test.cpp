@@ -169,6 +169,14 @@ TEST_P(PlanTest, TokenOffsetsThatLeaveTheSlotsAreRefused) {
   }
 }
 
+TEST_P(PlanTest, SlotsPastTheLastOffsetArePadding) {
+  PlanCall call({0, 1, 0, -1, -1}, 2, 0, 2, 5);
+  call.use_token_offsets({0, 1, 3});
+  call.build(context());
+  EXPECT_EQ(values_of<int32_t>(call.counts.view()), (std::vector<int32_t>{2, 1}));
+  EXPECT_EQ(values_of<int32_t>(call.to_row.view()), (std::vector<int32_t>{0, 2, 1, -1, -1}));
+}
+
 TEST_P(PlanTest, MoreSlotsOrRowsThanInt32CountsAreRefusedUnread) {
   constexpr int64_t kTooMany = int64_t{1} << 31;
   PlanCall call({0, 1, 2, 3}, 2, 2, 4, 4);

@@ -15,7 +15,7 @@ from doors import EVERY_KIND, TorchDoor, case, check_same_bits, check_statement
 
 import penstock
 from penstock import functional
-from penstock.routing import ROUTERS
+from penstock.routing import SOFTMAX_ROUTERS
 
 every_kind = pytest.mark.parametrize(("backend", "dtype"), EVERY_KIND)
 
@@ -57,7 +57,7 @@ def test_case_08_a_bad_token_in_a_module_gets_valid_experts() -> None:
 
 
 @case(9, "numpy", "torch")
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", SOFTMAX_ROUTERS)
 @every_kind
 def test_case_09_strange_logits(door, backend, dtype, router) -> None:
     num_tokens, _, _, num_experts, top_k = parameters(9)["shape"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,6 +19,8 @@ from tiny import TINY_OPTIONS, train_command
 
 from penstock import cli
 from penstock.train import checkpoint
+from penstock.train.command import rounding_advice
+from penstock.train.config import ModelConfig, RunConfig
 from penstock.train.metrics import read_metrics
 
 # Runs the program but kills it, as kill -9 does, when the named function is about to be called
@@ -347,3 +350,12 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0 and "--compare-dense" in done.stdout
+
+
+def test_rounding_to_tiles_too_large_is_pointed_out() -> None:
+    model = ModelConfig(router="token_rounding", tile=256, experts=16, top_k=2, sequence=256)
+    assert rounding_advice(RunConfig(model=model, batch=16)) == ""  # 512 bytes per expert
+    advice = rounding_advice(RunConfig(model=model, batch=15))
+    assert "tiles of 256 with 480 bytes per expert" in advice and "512" in advice
+    plain = dataclasses.replace(model, router="softmax_topk")
+    assert rounding_advice(RunConfig(model=plain, batch=1)) == ""

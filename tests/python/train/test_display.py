@@ -15,7 +15,18 @@ from penstock.train.progress import Display, printable
 from penstock.train.trainer import Evaluation, StepResult
 
 RESULT = StepResult(
-    loss=2.5, lr=1e-3, grad_norm=1.0, aux_loss=1.1, z_loss=2.0, idle_experts=0, max_load=1.5
+    loss=2.5,
+    lr=1e-3,
+    grad_norm=1.0,
+    aux_loss=1.1,
+    z_loss=2.0,
+    idle_experts=0,
+    max_load=1.5,
+    entropy=1.0,
+    max_violation=0.5,
+    drop_rate=0.0,
+    without_expert=0.0,
+    padding=0.0,
 )
 
 

@@ -13,7 +13,7 @@ from tiny import TINY, tiny_config
 
 import penstock
 from penstock.train.baselines import unigram_loss
-from penstock.train.config import ModelConfig, RunConfig
+from penstock.train.config import ROUTERS, ModelConfig, RunConfig
 from penstock.train.data import Corpus, evaluation_windows, load_corpus
 from penstock.train.errors import TrainError
 from penstock.train.model import LanguageModel
@@ -116,3 +116,26 @@ def test_sample_is_repeatable(text_file: Path, corpus: Corpus) -> None:
     assert sample(trainer, b"ab", 20) == first
     other = Trainer(dataclasses.replace(trainer.config, seed=1), corpus)
     assert sample(other, b"ab", 20) != first
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_learns_and_is_measured(router: str, text_file: Path, corpus: Corpus) -> None:
+    shape = dataclasses.replace(TINY, router=router, tile=4, threshold=0.6)
+    trainer = Trainer(dataclasses.replace(tiny_config(text_file), model=shape), corpus)
+    results = [trainer.train_step() for _ in range(8)]
+    assert results[-1].loss < results[0].loss
+    for result in results:
+        assert 0 < result.entropy <= math.log(shape.experts) + 1e-6
+        assert 0 <= result.padding < 1
+        assert result.max_violation == pytest.approx(max(0.0, result.max_load - 1), abs=1e-5)
+    assert any(r.drop_rate > 0 for r in results) == (router == "token_rounding")
+    if router not in ("expert_choice", "threshold"):
+        assert any(r.padding > 0 for r in results) == (router != "token_rounding")
+    biases = [layer.router.score_bias for layer in trainer.model.moe_layers()]
+    if router == "sigmoid_topk":  # one step of bias_rate for each step of the optimiser, at most
+        assert all(0 < bias.abs().max() <= 8 * trainer.config.bias_rate + 1e-9 for bias in biases)
+    windows = evaluation_windows(corpus.held_out, shape.sequence, 7)
+    evaluation = trainer.evaluate(windows)
+    if router == "token_rounding":  # a plain top K there
+        slots = len(windows) * shape.sequence * shape.top_k
+        assert [sum(layer) for layer in evaluation.loads] == [slots] * shape.layers

@@ -50,7 +50,8 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"router_forward", "top-k", "top-k"),
     (r"plan_", "plan", "plan"),
     (r"score_gradient", "dS", "dS"),
-    (r"router_backward", "router backward", "router backward"),
+    (r"router_backward|pairs_backward|sigmoid_topk_backward", "router backward", "router backward"),
+    (r"mark_by_|select_tokens|emit_pairs|sigmoid_topk", "router", "router"),
     (r"split_|sum_slices|largest_bits|fp32_product|add_slices", "logits", "router's dX and dWr"),
 )
 _WEIGHT_GRADIENT = "WeightGradientEpilogue"

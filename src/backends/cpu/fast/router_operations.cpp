@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The router: its products through the same driver as the experts' (one group of all tokens, so
-// batch-invariant), and choice, scores and gradient token by token with the shared scalar code.
+// batch-invariant), and the routers that the CPU backends share, on threads.
 #include <algorithm>
 
-#include "backends/cpu/common/router_math.h"
+#include "backends/cpu/common/routers/router.h"
 #include "backends/cpu/fast/operands.h"
 #include "backends/cpu/fast/operations.h"
 #include "backends/cpu/fast/thread_team.h"
-#include "tensor/dispatch.h"
 
 namespace penstock::cpu::fast {
 namespace {
@@ -46,20 +45,24 @@ void multiply_into(const TensorView& output, const MatrixProduct& operands, Work
   multiply_groups(product, StoreMatrix(runtime.kernels->rows, output), scratch, runtime);
 }
 
-template <typename Function>
-void for_each_token(int64_t num_tokens, int64_t work_per_token, const Runtime& runtime,
-                    const Function& function) {
-  constexpr int64_t kTokensPerTask = 16;
-  const int64_t tasks = (num_tokens + kTokensPerTask - 1) / kTokensPerTask;
-  parallel_for(threads_worth(runtime.threads, num_tokens * work_per_token), tasks,
-               [&](int64_t task, int32_t) {
-                 const int64_t begin = task * kTokensPerTask;
-                 const int64_t end = std::min(begin + kTokensPerTask, num_tokens);
-                 for (int64_t token = begin; token < end; ++token) function(token);
-               });
-}
+// The routers' steps on our threads, some together so that a task is worth its hand-over.
+class ThreadedLoop final : public StepLoop {
+ public:
+  explicit ThreadedLoop(int32_t threads) : threads_(threads) {}
 
-constexpr int64_t kWorkPerLogit = 16;  // an exponential, a few comparisons
+  void for_each(int64_t count, int64_t work, IndexFunction step) const override {
+    const int64_t per_task = std::max<int64_t>(1, kWorkPerTask / std::max<int64_t>(1, work));
+    const int64_t tasks = (count + per_task - 1) / per_task;
+    parallel_for(threads_worth(threads_, count * work), tasks, [&](int64_t task, int32_t) {
+      const int64_t end = std::min((task + 1) * per_task, count);
+      for (int64_t index = task * per_task; index < end; ++index) step(index);
+    });
+  }
+
+ private:
+  static constexpr int64_t kWorkPerTask = 1 << 14;
+  int32_t threads_;
+};
 
 }  // namespace
 
@@ -83,32 +86,11 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Runtime&
 }
 
 void router_forward(const RouterForwardArgs& args, const Runtime& runtime) {
-  const int64_t num_experts = args.logits.size(1);
-  const int64_t top_k = args.ids.size(1);
-  const auto route = [&](int64_t token) {
-    const float* logits = args.logits.as<const float>() + token * args.logits.stride(0);
-    float* scores = args.scores.as<float>() + token * top_k;
-    int32_t* ids = args.ids.as<int32_t>() + token * top_k;
-    route_token<float>(args.kind, {logits, num_experts, scores, ids, top_k});
-  };
-  for_each_token(args.logits.size(0), num_experts * kWorkPerLogit, runtime, route);
+  router_of(args.kind).forward(args, ThreadedLoop(runtime.threads));
 }
 
 void router_backward(const RouterBackwardArgs& args, const Runtime& runtime) {
-  const int64_t num_experts = args.logits.size(1);
-  const int64_t top_k = args.ids.size(1);
-  const auto route = [&](int64_t token) {
-    TokenGradients<float> gradients = {};
-    gradients.logits = args.logits.as<const float>() + token * args.logits.stride(0);
-    gradients.num_experts = num_experts;
-    gradients.scores = args.scores.as<const float>() + token * args.scores.stride(0);
-    gradients.ids = args.ids.as<const int32_t>() + token * args.ids.stride(0);
-    gradients.dscores = args.dscores.as<const float>() + token * args.dscores.stride(0);
-    gradients.top_k = top_k;
-    gradients.dlogits = args.dlogits.as<float>() + token * args.dlogits.stride(0);
-    route_token_backward<float>(args.kind, gradients);
-  };
-  for_each_token(args.logits.size(0), num_experts * kWorkPerLogit, runtime, route);
+  router_of(args.kind).backward(args, ThreadedLoop(runtime.threads));
 }
 
 }  // namespace penstock::cpu::fast

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "backends/cpu/common/plan.h"
+#include "backends/cpu/common/routers/router.h"
 #include "backends/cpu/fast/operations.h"
 #include "backends/cpu/fast/thread_team.h"
 
@@ -58,8 +59,10 @@ struct Table {
         .why_unavailable = why_unavailable,
         .why_not = why_not,
         .why_not_dtype = why_not_dtype,
+        .why_not_router = why_not_router,
         .scratch_bytes = scratch_bytes,
         .router_scratch_bytes = router_scratch_bytes,
+        .route_scratch_bytes = route_scratch_bytes,
         .plan_scratch_bytes = plan_scratch_bytes,
         .score_partials = score_partials,
         .tile_rows = tile_rows,

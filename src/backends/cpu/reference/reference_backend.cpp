@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The reference backend's table. It runs every floating dtype on every CPU, needs no scratch, and
-// comes after every other backend in the order of its device.
+// The reference backend's table. It runs every floating dtype on every CPU, needs no scratch but
+// that of the routers, and comes after every other backend in the order of its device.
 #include "backends/cpu/reference/reference_backend.h"
 
 #include <string>
 
 #include "backends/cpu/common/plan.h"
+#include "backends/cpu/common/routers/router.h"
 #include "backends/cpu/reference/reference_ops.h"
 
 namespace penstock::cpu {
@@ -54,8 +55,10 @@ const Backend& reference_backend() {
       .why_unavailable = why_unavailable,
       .why_not = why_not,
       .why_not_dtype = why_not_dtype,
+      .why_not_router = why_not_router,
       .scratch_bytes = no_scratch,
       .router_scratch_bytes = no_router_scratch,
+      .route_scratch_bytes = route_scratch_bytes,
       .plan_scratch_bytes = no_plan_scratch,
       .score_partials = one_partial,
       .tile_rows = one_row_tiles,

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The router's products (logits from X, their backward) and the router itself, token by token.
+// The router's products (logits from X, their backward), and the routers that the CPU backends
+// share, run in one loop.
+#include "backends/cpu/common/routers/router.h"
+
 #include <cstdint>
 #include <span>
 
 #include "backends/cpu/common/elements.h"
-#include "backends/cpu/common/router_math.h"
 #include "backends/cpu/reference/products.h"
 #include "backends/cpu/reference/reference_ops.h"
 
@@ -80,29 +82,11 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context&
 }
 
 void router_forward(const RouterForwardArgs& args, const Context&) {
-  visit_accumulator(args.logits.dtype, [&]<typename Logit>(StorageTag<Logit>) {
-    for (int64_t token = 0; token < args.logits.size(0); ++token) {
-      route_token<Logit>(args.kind, {.logits = row_of<const Logit>(args.logits, token),
-                                     .num_experts = args.logits.size(1),
-                                     .scores = row_of<Logit>(args.scores, token),
-                                     .ids = row_of<int32_t>(args.ids, token),
-                                     .top_k = args.ids.size(1)});
-    }
-  });
+  router_of(args.kind).forward(args, SerialLoop());
 }
 
 void router_backward(const RouterBackwardArgs& args, const Context&) {
-  visit_accumulator(args.logits.dtype, [&]<typename Logit>(StorageTag<Logit>) {
-    for (int64_t token = 0; token < args.logits.size(0); ++token) {
-      route_token_backward<Logit>(args.kind, {.logits = row_of<const Logit>(args.logits, token),
-                                              .num_experts = args.logits.size(1),
-                                              .scores = row_of<const Logit>(args.scores, token),
-                                              .ids = row_of<const int32_t>(args.ids, token),
-                                              .dscores = row_of<const Logit>(args.dscores, token),
-                                              .top_k = args.ids.size(1),
-                                              .dlogits = row_of<Logit>(args.dlogits, token)});
-    }
-  });
+  router_of(args.kind).backward(args, SerialLoop());
 }
 
 }  // namespace penstock::cpu::reference

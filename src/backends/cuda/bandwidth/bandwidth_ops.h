@@ -4,12 +4,19 @@
 // The backend's table points at these.
 #pragma once
 
+#include <string>
+
 #include "backend/ops.h"
 
 namespace penstock::cuda {
 
-void router_forward(const RouterForwardArgs& args, const Context& context);
-void router_backward(const RouterBackwardArgs& args, const Context& context);
+// Every router: the table's entries, which go on to the kernels of the kind.
+std::string why_not_router(const RouteProblem& problem);
+int64_t route_scratch_bytes(const RouteProblem& problem, const Context& context);
+void route_forward(const RouterForwardArgs& args, const Context& context);
+void route_backward(const RouterBackwardArgs& args, const Context& context);
+void softmax_topk_forward(const RouterForwardArgs& args, const Context& context);
+void softmax_topk_backward(const RouterBackwardArgs& args, const Context& context);
 
 int64_t plan_scratch_bytes(int64_t num_slots, int64_t num_experts, const Context& context);
 void build_plan(const PlanArgs& args, const Context& context);

@@ -32,8 +32,7 @@ constexpr int64_t kFewExperts = 1024;
 constexpr size_t kPlainSharedBytes = 47 * 1024;  // 48 KB less what kernels declare themselves
 
 int64_t chunks_of(int64_t num_slots, int64_t num_experts) {
-  const int64_t slots =
-      num_experts <= kFewExperts ? FewExperts::kSlots : ManyExperts::kSlots;
+  const int64_t slots = num_experts <= kFewExperts ? FewExperts::kSlots : ManyExperts::kSlots;
   return std::max<int64_t>(1, ceil_div(num_slots, slots));
 }
 

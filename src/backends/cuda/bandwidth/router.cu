@@ -2,33 +2,16 @@
 //
 // Router scores and selection, and their backward: launches right after the router's product.
 //
-// A token's logits live in the registers of its team (a warp, or a block past 1024 experts) as
-// order-preserving keys, so that one integer maximum and one minimum choose the next expert: the
-// largest logit, ties to the lower id, NaN below every number. The choice is exact in fp32: no
-// mantissa bits are given up to carry the id.
-#include <string>
+// A token's logits live in the registers of its team (a warp, or a block past 1024 experts) as the
+// keys of logit_keys.cuh.
 #include <type_traits>
 
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
-#include "backends/cuda/bandwidth/team.cuh"
+#include "backends/cuda/bandwidth/logit_keys.cuh"
 #include "backends/cuda/launch.h"
 
 namespace penstock::cuda {
 namespace {
-
-constexpr uint32_t kTakenKey = 0;  // no such expert, or already chosen
-constexpr uint32_t kNanKey = 1;    // below -inf, whose key is 0x007fffff
-
-__device__ uint32_t key_of(float logit) {
-  if (isnan(logit)) return kNanKey;
-  const uint32_t bits = __float_as_uint(logit == 0.0f ? 0.0f : logit);  // -0 ties with +0
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-
-__device__ float logit_of(uint32_t key) {
-  if (key == kNanKey) return __uint_as_float(0x7fc00000u);
-  return __uint_as_float((key & 0x80000000u) != 0 ? key & 0x7fffffffu : ~key);
-}
 
 struct RouterParams {
   RouterKind kind;
@@ -80,25 +63,12 @@ __global__ void __launch_bounds__(Team::kSize* Team::kTeamsPerBlock)
 
   Choices<Team> choices;
   for (int k = 0; k < params.top_k; ++k) {
-    uint32_t best = kTakenKey;
-#pragma unroll
-    for (int i = 0; i < kPerMember; ++i) best = max(best, keys[i]);
-    best = team.max(best);
-    uint32_t expert = 0xffffffffu;
-#pragma unroll
-    for (int i = kPerMember - 1; i >= 0; --i) {
-      if (keys[i] == best) expert = static_cast<uint32_t>(team.rank() + i * Team::kSize);
-    }
-    expert = team.min(expert);
-#pragma unroll
-    for (int i = 0; i < kPerMember; ++i) {
-      if (static_cast<uint32_t>(team.rank() + i * Team::kSize) == expert) keys[i] = kTakenKey;
-    }
+    const Choice choice = take_largest(team, keys);
 #pragma unroll
     for (int held = 0; held < Choices<Team>::kHeld; ++held) {
       if (k == team.rank() + held * Team::kSize) {
-        choices.id[held] = static_cast<int32_t>(expert);
-        choices.key[held] = best;
+        choices.id[held] = choice.expert;
+        choices.key[held] = choice.key;
       }
     }
   }
@@ -190,15 +160,7 @@ void launch_forward(const RouterParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-void router_forward(const RouterForwardArgs& args, const Context& context) {
-  if (args.logits.size(1) > kMaxExperts || args.scores.size(1) > kMaxTopK) {
-    throw Error(ErrorCode::unsupported,
-                {"routing on the GPU",
-                 "num_experts " + std::to_string(args.logits.size(1)) + " and top_k " +
-                     std::to_string(args.scores.size(1)),
-                 "at most " + std::to_string(kMaxExperts) + " and " + std::to_string(kMaxTopK),
-                 "Route on the CPU, or bring ids and scores of your own."});
-  }
+void softmax_topk_forward(const RouterForwardArgs& args, const Context& context) {
   check_clean_device("router_forward");
   RouterParams params;
   params.kind = args.kind;
@@ -231,7 +193,7 @@ void router_forward(const RouterForwardArgs& args, const Context& context) {
   check_launch("router_forward_kernel");
 }
 
-void router_backward(const RouterBackwardArgs& args, const Context& context) {
+void softmax_topk_backward(const RouterBackwardArgs& args, const Context& context) {
   check_clean_device("router_backward");
   RouterBackwardParams params;
   params.kind = args.kind;

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// token_rounding, expert_choice and threshold: scratch, order of launches, and the backward kernel.
+#include "backends/cuda/bandwidth/logit_keys.cuh"
+#include "backends/cuda/bandwidth/pair_routers.cuh"
+#include "backends/cuda/bandwidth/pair_routers.h"
+
+namespace penstock::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
+
+// Byte offsets of the scratch; everything before `norms` starts at zero.
+struct Layout {
+  explicit Layout(const RouteProblem& problem) {
+    constexpr int64_t kWord = sizeof(int32_t);
+    const int64_t tokens = problem.num_tokens;
+    const bool by_threshold = problem.kind == RouterKind::threshold;
+    const int64_t top_k = problem.kind == RouterKind::token_rounding ? problem.top_k : 0;
+    num_chunks = ceil_div(tokens, kChunkTokens);
+    mask_words = ceil_div(problem.num_experts, 32);
+    report = 0;
+    counts = report + aligned(kRouterReportSize * kWord);
+    chunks = counts + aligned(problem.num_experts * kWord);
+    masks = chunks + aligned(num_chunks * kWord);
+    norms = masks + aligned(tokens * mask_words * kWord);
+    top = norms + (by_threshold ? 0 : aligned(tokens * int64_t{sizeof(TokenNorm)}));
+    keys = top + aligned(tokens * top_k * kWord);
+    bytes = keys + (by_threshold ? 0 : aligned(tokens * problem.num_experts * kWord));
+  }
+
+  int64_t num_chunks, mask_words;
+  int64_t report, counts, chunks, masks, norms, top, keys, bytes;
+};
+
+struct PairBackwardParams {
+  PairScore score;
+  const float* logits;
+  int64_t logits_stride;
+  const float* scores;
+  const int32_t* ids;
+  const float* dscores;
+  const int32_t* token_offsets;
+  float* dlogits;
+  int64_t dlogits_stride;
+  int64_t num_tokens;
+  int32_t num_experts;
+  int32_t top_k;
+};
+
+// The row's share of -dot: the softmax over all experts or over the top K; 0 elsewhere.
+template <int kPerLane>
+__device__ void write_shares(const PairBackwardParams& params, const float* row, float* out,
+                             float dot) {
+  const WarpTeam team;
+  uint32_t order[kPerLane];
+  uint32_t largest = kTakenKey;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = team.rank() + i * WarpTeam::kSize;
+    order[i] = expert < params.num_experts ? key_of(row[expert]) : kTakenKey;
+    largest = max(largest, order[i]);
+  }
+  const float shift = logit_of(team.max(largest));
+  uint32_t within = 0xffffffffu;  // bit i: expert rank + 32 i is in the softmax
+  if (params.score == PairScore::softmax_of_top) {
+    within = 0;
+    for (int k = 0; k < params.top_k; ++k) {
+      const Choice choice = take_largest(team, order);
+      if (choice.expert % WarpTeam::kSize == team.rank())
+        within |= 1u << (choice.expert / WarpTeam::kSize);
+    }
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = team.rank() + i * WarpTeam::kSize;
+    if (expert < params.num_experts && (within >> i & 1u) != 0) sum += expf(row[expert] - shift);
+  }
+  const float scale = dot / team.sum(sum);
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int expert = team.rank() + i * WarpTeam::kSize;
+    if (expert >= params.num_experts) continue;
+    out[expert] = (within >> i & 1u) != 0 ? -expf(row[expert] - shift) * scale : 0.0f;
+  }
+}
+
+// One warp a token.
+template <int kPerLane>
+__global__ void __launch_bounds__(256, 1) pairs_backward_kernel(const PairBackwardParams params) {
+  const WarpTeam team;
+  const int64_t token = team.index();
+  if (token >= params.num_tokens) return;
+  const float* row = params.logits + token * params.logits_stride;
+  float* out = params.dlogits + token * params.dlogits_stride;
+  const int32_t begin = params.token_offsets[token];
+  const int32_t end = params.token_offsets[token + 1];
+  if (params.score != PairScore::sigmoid) {
+    float dot = 0.0f;
+    for (int32_t slot = begin + team.rank(); slot < end; slot += WarpTeam::kSize)
+      dot += params.scores[slot] * params.dscores[slot];
+    write_shares<kPerLane>(params, row, out, team.sum(dot));
+  } else {
+    for (int e = team.rank(); e < params.num_experts; e += WarpTeam::kSize) out[e] = 0.0f;
+  }
+  __syncwarp();  // a pair's expert is written by one lane and added to by another
+  for (int32_t slot = begin + team.rank(); slot < end; slot += WarpTeam::kSize) {
+    const int32_t expert = params.ids[slot];
+    if (expert < 0 || expert >= params.num_experts) continue;
+    const float score = params.scores[slot];
+    const float slope = params.score == PairScore::sigmoid ? score * (1.0f - score) : score;
+    out[expert] += slope * params.dscores[slot];
+  }
+}
+
+// The parameters of a call, with what starts at zero set to zero on its stream.
+PairParams pair_params(const RouterForwardArgs& args, cudaStream_t stream) {
+  RouteProblem problem;
+  problem.kind = args.kind;
+  problem.num_tokens = args.logits.size(0);
+  problem.num_experts = args.logits.size(1);
+  problem.top_k = args.top_k;
+  const Layout layout(problem);
+  auto* base = static_cast<char*>(args.workspace.data);
+  PairParams params = {};
+  params.kind = args.kind;
+  params.options = args.options;
+  params.score = pair_score(args.kind, args.options);
+  params.logits = args.logits.as<const float>();
+  params.logits_stride = args.logits.stride(0);
+  params.num_tokens = problem.num_tokens;
+  params.num_slots = args.ids.numel();
+  params.num_experts = static_cast<int32_t>(problem.num_experts);
+  params.top_k = args.kind == RouterKind::token_rounding ? args.top_k : 0;
+  params.expert_tokens = static_cast<int32_t>(params.num_slots / params.num_experts);
+  params.num_chunks = static_cast<int32_t>(layout.num_chunks);
+  params.mask_words = static_cast<int32_t>(layout.mask_words);
+  params.seed = args.seed.present() ? args.seed.as<const int64_t>() : nullptr;
+  params.scores = args.scores.as<float>();
+  params.ids = args.ids.as<int32_t>();
+  params.token_offsets = args.token_offsets.as<int32_t>();
+  params.report = reinterpret_cast<int32_t*>(base + layout.report);
+  params.counts = reinterpret_cast<int32_t*>(base + layout.counts);
+  params.chunks = reinterpret_cast<int32_t*>(base + layout.chunks);
+  params.masks = reinterpret_cast<uint32_t*>(base + layout.masks);
+  params.norms = reinterpret_cast<TokenNorm*>(base + layout.norms);
+  params.top = reinterpret_cast<int32_t*>(base + layout.top);
+  params.keys = reinterpret_cast<uint32_t*>(base + layout.keys);
+  check("cudaMemsetAsync(router scratch)",
+        cudaMemsetAsync(base, 0, static_cast<size_t>(layout.norms), stream));
+  if (args.report.present()) {
+    params.report = args.report.as<int32_t>();
+    check("cudaMemsetAsync(report)",
+          cudaMemsetAsync(params.report, 0, kRouterReportSize * sizeof(int32_t), stream));
+  }
+  return params;
+}
+
+}  // namespace
+
+int64_t pair_scratch_bytes(const RouteProblem& problem) {
+  return problem.selection == Selection::given ? 0 : Layout(problem).bytes;
+}
+
+void pair_router_forward(const RouterForwardArgs& args, const Context& context) {
+  check_clean_device("router_forward");
+  const cudaStream_t stream = stream_of(context);
+  const PairParams params = pair_params(args, stream);
+  if (args.kind == RouterKind::threshold) {
+    launch_mark_by_threshold(params, stream);
+  } else {
+    launch_mark_by_softmax(params, stream);
+    launch_select_tokens(params, stream);
+  }
+  launch_emit_pairs(params, stream);
+}
+
+void pair_router_backward(const RouterBackwardArgs& args, const Context& context) {
+  check_clean_device("router_backward");
+  PairBackwardParams params = {};
+  params.score = pair_score(args.kind, args.options);
+  params.logits = args.logits.as<const float>();
+  params.logits_stride = args.logits.stride(0);
+  params.scores = args.scores.as<const float>();
+  params.ids = args.ids.as<const int32_t>();
+  params.dscores = args.dscores.as<const float>();
+  params.token_offsets = args.token_offsets.as<const int32_t>();
+  params.dlogits = args.dlogits.as<float>();
+  params.dlogits_stride = args.dlogits.stride(0);
+  params.num_tokens = args.logits.size(0);
+  params.num_experts = static_cast<int32_t>(args.logits.size(1));
+  params.top_k = args.top_k;
+  const auto blocks = static_cast<unsigned>(ceil_div(params.num_tokens, WarpTeam::kTeamsPerBlock));
+  visit_experts_per_lane(params.num_experts, [&]<int kPerLane>() {
+    pairs_backward_kernel<kPerLane><<<blocks, 256, 0, stream_of(context)>>>(params);
+  });
+  check_launch("pairs_backward_kernel");
+}
+
+}  // namespace penstock::cuda

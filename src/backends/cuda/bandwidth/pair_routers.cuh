@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Routers whose tokens differ in their number of experts, in at most three launches without host
+// synchronisation: mark (a token's softmax, its top K, a key of every pair), select (each expert's
+// best tokens; not for a threshold), emit (offsets, ids, scores, report). Everything is counted in
+// integers, so no order of blocks shows in the result.
+//
+// Scratch, in this order: what starts at zero (report, counts, chunks, masks), then norms, top,
+// keys. A key orders the tokens of one expert: the bit of a chosen pair, then p, with NaN last.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "backend/ops.h"
+#include "backends/cuda/launch.h"
+
+namespace penstock::cuda {
+
+inline constexpr int kChunkTokens = 256;  // tokens of one block of the emit kernel
+inline constexpr uint32_t kChosenBit = 0x80000000u;
+
+// How a pair's score follows from its logit.
+enum class PairScore : uint8_t {
+  softmax_of_all,  // exp(logit - shift) / sum over the token's experts
+  softmax_of_top,  // exp(logit - shift) / sum over the token's top K
+  sigmoid,         // 1 / (1 + exp(-logit))
+};
+
+inline PairScore pair_score(RouterKind kind, const RouterOptions& options) {
+  if (kind == RouterKind::threshold) return PairScore::sigmoid;
+  const bool of_top =
+      kind == RouterKind::token_rounding && options.scaling == ScoreScaling::normalized;
+  return of_top ? PairScore::softmax_of_top : PairScore::softmax_of_all;
+}
+
+struct TokenNorm {
+  float shift;
+  float divisor;
+};
+
+struct PairParams {
+  RouterKind kind;
+  RouterOptions options;
+  PairScore score;
+  const float* logits;  // (T, E)
+  int64_t logits_stride;
+  int64_t num_tokens;
+  int64_t num_slots;
+  int32_t num_experts;
+  int32_t top_k;          // 0: no pair is chosen by its token
+  int32_t expert_tokens;  // C of expert_choice
+  int32_t num_chunks;
+  int32_t mask_words;  // of one token
+  const int64_t* seed;
+
+  float* scores;           // (slots)
+  int32_t* ids;            // (slots)
+  int32_t* token_offsets;  // (T+1)
+
+  int32_t* report;   // (kRouterReportSize)
+  int32_t* counts;   // (E)       tokens that chose the expert
+  int32_t* chunks;   // (chunks)  pairs of each chunk of tokens
+  uint32_t* masks;   // (T, mask_words)  a token's experts
+  TokenNorm* norms;  // (T)
+  int32_t* top;      // (T, K)
+  uint32_t* keys;    // (E, T)
+};
+
+void launch_mark_by_softmax(const PairParams& params, cudaStream_t stream);
+void launch_mark_by_threshold(const PairParams& params, cudaStream_t stream);
+void launch_select_tokens(const PairParams& params, cudaStream_t stream);
+void launch_emit_pairs(const PairParams& params, cudaStream_t stream);
+
+}  // namespace penstock::cuda
