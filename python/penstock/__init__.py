@@ -22,7 +22,7 @@ from penstock.info import collect as info  # the function; the module stays in s
 from penstock.routing import Routing
 
 if TYPE_CHECKING:
-    from penstock import losses, testing
+    from penstock import hf, losses, testing
     from penstock.modules import Experts, MoE
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "backend",
     "chosen_backend",
     "functional",
+    "hf",
     "info",
     "list_backends",
     "losses",
@@ -48,6 +49,7 @@ _WITH_TORCH = {
     "MoE": ("penstock.modules", "MoE"),
     "Experts": ("penstock.modules", "Experts"),
     "losses": ("penstock.losses", None),
+    "hf": ("penstock.hf", None),
     "testing": ("penstock.testing", None),
 }
 
