@@ -22,7 +22,8 @@ from penstock.info import collect as info  # the function; the module stays in s
 from penstock.routing import Routing
 
 if TYPE_CHECKING:
-    from penstock import hf, losses, testing
+    from penstock import checkpoint, hf, losses, testing
+    from penstock.checkpoint.into_model import load
     from penstock.modules import Experts, MoE
 
 __all__ = [
@@ -34,11 +35,13 @@ __all__ = [
     "Routing",
     "UnsupportedError",
     "backend",
+    "checkpoint",
     "chosen_backend",
     "functional",
     "hf",
     "info",
     "list_backends",
+    "load",
     "losses",
     "testing",
     "version",
@@ -50,6 +53,8 @@ _WITH_TORCH = {
     "Experts": ("penstock.modules", "Experts"),
     "losses": ("penstock.losses", None),
     "hf": ("penstock.hf", None),
+    "checkpoint": ("penstock.checkpoint", None),
+    "load": ("penstock.checkpoint.into_model", "load"),
     "testing": ("penstock.testing", None),
 }
 

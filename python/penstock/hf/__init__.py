@@ -8,7 +8,7 @@
     penstock.hf.register()                 # or by name, through transformers' own registry
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="penstock")
 
-Needs transformers 5.0 or newer only where its registry is used: patch() goes by structure.
+Needs transformers 5.14 or newer only where its registry is used: patch() goes by structure.
 """
 
 from __future__ import annotations

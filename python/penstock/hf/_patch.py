@@ -63,7 +63,7 @@ class Report:
 def patch(model: nn.Module) -> Report:
     """Compute the experts of every MoE block of `model` with the engine, in place.
 
-    model: a transformers model (5.0 or newer) or any module that contains such experts. Blocks are
+    model: a transformers model (5.14 or newer) or any module that contains such experts. Blocks are
     found by their structure. Weights are neither copied nor moved: the modules keep their fused
     3-D parameters. Routers, shared experts and auxiliary losses stay as they are.
     Returns a Report of what was replaced and what was refused, with reasons. Patching twice is

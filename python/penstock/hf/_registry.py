@@ -19,6 +19,6 @@ def register() -> None:
     except ImportError as error:
         raise ImportError(
             "penstock.hf.register: got no registry of experts in transformers, expected "
-            "transformers 5.0 or newer. Run pip install 'penstock[hf]'"
+            "transformers 5.14 or newer. Run pip install 'penstock[hf]'"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

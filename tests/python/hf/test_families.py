@@ -21,6 +21,8 @@ MATRIX = Path(__file__).resolve().parents[3] / "docs" / "hf.md"
 FP32_BAR = 1e-5
 BF16_FACTOR = 1.1
 SEEDS = 10
+# qwen3_next has gradients of four elements each, whose errors need more runs to average out.
+MORE_SEEDS = {"qwen3_next": 40}
 
 
 def logits_and_grads(model, ids):
@@ -63,7 +65,7 @@ def test_greedy_generation(family):
 @pytest.mark.parametrize("family", BF16_FAMILIES)
 def test_bf16_error_is_that_of_transformers(family):
     errors = defaultdict(lambda: [0.0, 0.0])  # of ours and of transformers', summed over seeds
-    for seed in range(SEEDS):
+    for seed in range(MORE_SEEDS.get(family, SEEDS)):
         model, ids = tiny_model(family, seed), tokens(seed)
         with torch.no_grad():  # numbers that both dtypes hold, so that only arithmetic differs
             for parameter in model.parameters():
