@@ -28,11 +28,12 @@ def experts_forward(
     hidden_states (..., d), T tokens in all; top_k_index (T, K), where an id at or above the number
     of experts skips its slot; top_k_weights (T, K) of any floating dtype. Returns hidden_states'
     shape and dtype. Under autocast the experts compute in its dtype, as torch's products would.
+    Weights with an attribute `main_grad` have their gradients added there (functional.moe_experts).
     """
     layout = layout_of(module)
     dtype = compute_dtype(hidden_states)
     rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
-    w1, w2, b1, b2 = parameters_of(module, layout, dtype)
+    w1, w2, b1, b2 = weights = parameters_of(module, layout, dtype)
     gate = layout.gate
     output = functional.moe_experts(
         rows,
@@ -47,6 +48,7 @@ def experts_forward(
         weight_order=layout.weight_order,
         clamp_alpha=gate.clamp_alpha,
         clamp_limit=gate.clamp_limit,
+        main_grad=any(hasattr(weight, "main_grad") for weight in weights if weight is not None),
     )
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 
