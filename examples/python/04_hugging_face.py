@@ -43,7 +43,8 @@ def main():
         other = tiny_model(seed=1)
         penstock.hf.patch(other)
         penstock.load(other, fused)
-    print("the same tokens after reloading:", torch.equal(other.generate(prompt, **settings), after))
+    reloaded = other.generate(prompt, **settings)
+    print("the same tokens after reloading:", torch.equal(reloaded, after))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from penstock.info import collect as info  # the function; the module stays in s
 from penstock.routing import Routing
 
 if TYPE_CHECKING:
-    from penstock import checkpoint, hf, losses, testing
+    from penstock import checkpoint, hf, lora, losses, testing
     from penstock.checkpoint.into_model import load
     from penstock.modules import Experts, MoE
 
@@ -42,6 +42,7 @@ __all__ = [
     "info",
     "list_backends",
     "load",
+    "lora",
     "losses",
     "testing",
     "version",
@@ -55,6 +56,7 @@ _WITH_TORCH = {
     "hf": ("penstock.hf", None),
     "checkpoint": ("penstock.checkpoint", None),
     "load": ("penstock.checkpoint.into_model", "load"),
+    "lora": ("penstock.lora", None),
     "testing": ("penstock.testing", None),
 }
 

@@ -25,15 +25,19 @@ from penstock._engine_backward import Into, Saved
 _WEIGHTS = len(Weights._fields)
 
 
-def _absent(like: Tensor) -> Tensor:
+def absent(like: Tensor) -> Tensor:
+    """What stands for no tensor among an operator's outputs."""
     return like.new_empty((0,))
 
 
-def _or_absent(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return _absent(like) if tensor is None else tensor
+def or_absent(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """`tensor`, or what stands for none."""
+    return absent(like) if tensor is None else tensor
 
 
-def _refuse_second_order(name: str) -> Any:
+def refuse_second_order(name: str) -> Any:
+    """The backward formula of a gradient operator: an error."""
+
     def backward(ctx: Any, *grads: Any) -> None:
         raise NotImplementedError(
             f"second-order gradients: got a backward pass through penstock::{name}, expected first "
@@ -64,7 +68,7 @@ def router_logits_backward(
     dx, dweight = _engine.router_logits_backward(
         dlogits.contiguous(), x, weight, (wanted[0], wanted[1]), CallContext.unpack(context)
     )
-    return _or_absent(dx, x), _or_absent(dweight, x)
+    return or_absent(dx, x), or_absent(dweight, x)
 
 
 @router_logits_backward.register_fake
@@ -72,8 +76,8 @@ def _(
     dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], context: str
 ) -> tuple[Tensor, Tensor]:
     return (
-        x.new_empty(x.shape) if wanted[0] else _absent(x),
-        x.new_empty(weight.shape) if wanted[1] else _absent(x),
+        x.new_empty(x.shape) if wanted[0] else absent(x),
+        x.new_empty(weight.shape) if wanted[1] else absent(x),
     )
 
 
@@ -204,7 +208,7 @@ def experts(
         Config.unpack(config, clamp),
         CallContext.unpack(context),
     )
-    return output, _or_absent(h, x)
+    return output, or_absent(h, x)
 
 
 @experts.register_fake
@@ -213,7 +217,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     row_to_token, config = args[11], Config.unpack(args[16], args[17])
     output = x.new_empty(x.shape)
     if config.save != "preactivation":
-        return output, _absent(x)
+        return output, absent(x)
     w2 = weights[2]
     n = w2.shape[2 if config.weight_order == "output_major" else 1]
     rows = x.shape[0] if row_to_token is None else row_to_token.shape[0]
@@ -263,14 +267,14 @@ def experts_backward(
         Into(grads, "overwrite", trainable),
         CallContext.unpack(context),
     )
-    return tuple(_or_absent(grad, x) for grad in (dx, dscores, *dweights))
+    return tuple(or_absent(grad, x) for grad in (dx, dscores, *dweights))
 
 
 @experts_backward.register_fake
 def _(d_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     x, wanted = args[0], args[16]
     return tuple(
-        source.new_empty(source.shape) if want and source is not None else _absent(x)
+        source.new_empty(source.shape) if want and source is not None else absent(x)
         for source, want in zip(args[: 2 + _WEIGHTS], wanted, strict=True)
     )
 
@@ -308,4 +312,4 @@ def rows_of_unit_stride(rows: Tensor) -> Tensor:
 
 
 for _op in (router_logits_backward, route_backward, experts_backward):
-    _op.register_autograd(_refuse_second_order(_op._opoverload._schema.name.split("::")[1]))
+    _op.register_autograd(refuse_second_order(_op._opoverload._schema.name.split("::")[1]))

@@ -50,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(name, str(error))
 
 
-def _parse(
-    name: str | None, module: object, arguments: Sequence[str]
-) -> argparse.Namespace:
+def _parse(name: str | None, module: object, arguments: Sequence[str]) -> argparse.Namespace:
     """What `arguments` say, read with the options of the one subcommand that was asked for."""
     parser = argparse.ArgumentParser(
         prog="penstock", description="A Mixture-of-Experts engine for training and inference."

@@ -15,6 +15,7 @@ from torch import nn
 
 from penstock.errors import invalid
 from penstock.hf._experts import experts_forward, forget, remember
+from penstock.hf._lora import adapted_forward, wrappers_of
 from penstock.hf._structure import Refusal, find_experts, read_layout
 
 
@@ -65,12 +66,15 @@ def patch(model: nn.Module) -> Report:
 
     model: a transformers model (5.14 or newer) or any module that contains such experts. Blocks are
     found by their structure. Weights are neither copied nor moved: the modules keep their fused
-    3-D parameters. Routers, shared experts and auxiliary losses stay as they are.
+    3-D parameters. Routers, shared experts and auxiliary losses stay as they are. Experts adapted
+    by PEFT (LoraConfig.target_parameters) are found in their wrappers: patch after get_peft_model.
     Returns a Report of what was replaced and what was refused, with reasons. Patching twice is
     patching once. ValueError where the model has no experts at all.
     """
     rows = []
-    for name, module in find_experts(model):
+    for name, outermost in find_experts(model):
+        wrappers = wrappers_of(outermost)
+        module = wrappers[-1].base_layer if wrappers else outermost
         layout = read_layout(module)
         kind, experts = type(module).__name__, _num_experts(module)
         if isinstance(layout, Refusal):
@@ -78,7 +82,11 @@ def patch(model: nn.Module) -> Report:
             continue
         remember(module, layout)
         module.forward = functools.partial(experts_forward, module)
-        rows.append(Row(name, kind, experts, True, layout.describe()))
+        detail = layout.describe()
+        if wrappers:
+            outermost.forward = functools.partial(adapted_forward, outermost)
+            detail += ", LoRA on " + " and ".join(w.parameter_name for w in wrappers)
+        rows.append(Row(name, kind, experts, True, detail))
     if not rows:
         raise invalid(
             "model",
@@ -90,7 +98,10 @@ def patch(model: nn.Module) -> Report:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Give every patched module its own forward back; returns how many there were."""
+    """Give every patched module its own forward back; returns how many there were.
+
+    An experts module and PEFT's wrapper around it are two.
+    """
     patched = [module for module in model.modules() if _is_patched(module)]
     for module in patched:
         del module.__dict__["forward"]
@@ -100,7 +111,8 @@ def unpatch(model: nn.Module) -> int:
 
 def _is_patched(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
-    return isinstance(forward, functools.partial) and forward.func is experts_forward
+    ours = (experts_forward, adapted_forward)
+    return isinstance(forward, functools.partial) and forward.func in ours
 
 
 def _num_experts(module: nn.Module) -> int:
