@@ -87,7 +87,11 @@ def active_adapters(chain: list[nn.Module], layout: Layout, dtype: torch.dtype) 
             a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
             a = a.to(dtype).reshape(num_experts, -1, a.shape[-1])
             b = b.to(dtype).reshape(b.shape[0], -1, num_experts) * wrapper.scaling[name]
-            factors[wrapper.parameter_name].append((a, b.permute(2, 0, 1).contiguous()))
+            if _factors_are_exchanged(wrapper, layout):
+                a, b = b.permute(2, 1, 0).contiguous(), a.transpose(1, 2)
+            else:
+                b = b.permute(2, 0, 1).contiguous()
+            factors[wrapper.parameter_name].append((a, b))
     if not any(factors.values()):
         return None
     joined: list[Any] = []
@@ -97,3 +101,14 @@ def active_adapters(chain: list[nn.Module], layout: Layout, dtype: torch.dtype) 
             continue
         joined += [torch.cat([a for a, _ in pairs], 1), torch.cat([b for _, b in pairs], 2)]
     return Adapters(*joined)
+
+
+def _factors_are_exchanged(wrapper: nn.Module, layout: Layout) -> bool:
+    """Whether lora_A spans the outputs and lora_B the inputs, as versions before 0.20 have it.
+
+    Such a version takes the parameter's second axis for the inputs unless it swaps them; which of
+    the two it is in truth depends on the order of the weights.
+    """
+    a_spans_the_last_axis = wrapper._did_swap_in_out_features
+    inputs_are_the_last_axis = layout.weight_order == "output_major"
+    return a_spans_the_last_axis != inputs_are_the_last_axis
