@@ -4,66 +4,12 @@
 import plain
 import pytest
 import torch
+from adapted import SHAPE, frozen, leaves, make_adapters, merged, routed, run
 
 import penstock
 from penstock import functional, lora
 
-SHAPE = (37, 24, 20, 6, 2)  # T, d, n, E, K
 RANKS = [(1, 1), (16, 16), (0, 5), (7, 0), (256, 3), (40, 33)]  # beyond d and n too
-
-
-def make_adapters(ranks, activation="swiglu", dtype=torch.float64, shape=SHAPE):
-    """Random factors for ranks (r1, r2), 0 for none, of a size that matters beside the weights."""
-    _, d, n, num_experts, _ = shape
-    h = 2 * n if activation in plain.GATED else n
-    generator = torch.Generator().manual_seed(11)
-
-    def draw(*size):
-        values = torch.randn(size, generator=generator, dtype=torch.float64) * size[-1] ** -0.5
-        return values.to(dtype).requires_grad_()
-
-    up, down = ranks
-    return lora.Adapters(
-        draw(num_experts, up, d) if up else None,
-        draw(num_experts, h, up) if up else None,
-        draw(num_experts, down, n) if down else None,
-        draw(num_experts, d, down) if down else None,
-    )
-
-
-def merged(weights, adapters):
-    """The weights with B A added, by autograd-visible products."""
-    result = dict(weights)
-    if adapters.up_a is not None:
-        result["w1"] = weights["w1"] + adapters.up_b.to(weights["w1"]) @ adapters.up_a.to(
-            weights["w1"]
-        )
-    if adapters.down_a is not None:
-        result["w2"] = weights["w2"] + adapters.down_b.to(weights["w2"]) @ adapters.down_a.to(
-            weights["w2"]
-        )
-    return result
-
-
-def frozen(weights):
-    return {name: weight.detach() for name, weight in weights.items()}
-
-
-def routed(shape=SHAPE, dtype=torch.float64):
-    scores, ids = plain.make_logits(shape, dtype=torch.float64).detach().topk(shape[4])
-    ids[0, 1], ids[3, 0] = -1, shape[3]  # two slots without an expert
-    return scores.softmax(-1).to(dtype).requires_grad_(), ids
-
-
-def run(x, weights, scores, ids, adapters, **settings):
-    biases = {name: weights.get(name) for name in ("b1", "b2")}
-    return lora.adapted_experts(
-        x, weights["w1"], weights["w2"], scores, ids, adapters=adapters, **biases, **settings
-    )
-
-
-def leaves(*groups):
-    return [t for group in groups for t in group if t is not None]
 
 
 @pytest.mark.parametrize("save", ["preactivation", "input"])
@@ -189,40 +135,6 @@ def test_no_weight_is_copied_and_nothing_more_is_kept():
     assert kept.total == functional.saved_bytes(shape, dtype="float32", router=None)
     factor_rows = ids.numel() * (2 * 4 + 2 * 4) * 4  # U1, V1, U2 and V2, aligned to 64 bytes
     assert adapted.peak_bytes <= plainly.peak_bytes + factor_rows + 4 * 64
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_opcheck_and_compile():
-    from penstock import _torch_adapters as ops
-
-    weights = frozen(plain.make_weights(SHAPE))
-    adapters = make_adapters((3, 2))
-    x, (scores, ids) = plain.make_x(SHAPE), routed()
-
-    def layer(x, scores, *factors):
-        return run(x, weights, scores, ids, lora.Adapters(*factors))
-
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    inputs = leaves([x, scores], adapters)
-    eager, fused = layer(*inputs), compiled(*inputs)
-    assert torch.equal(eager, fused)
-    for a, b in zip(
-        torch.autograd.grad(eager.sum(), inputs),
-        torch.autograd.grad(fused.sum(), inputs),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
-    # Rows of skipped slots hold what was there before: opcheck would compare them.
-    ids = ids.clamp(0, SHAPE[3] - 1)
-    plan = functional.plan(functional.Routing.from_topk(scores, ids), SHAPE[3])
-    config = penstock._engine.Config()
-    arguments = (
-        x, scores.reshape(-1).detach().requires_grad_(), *adapters, weights["w1"], None,
-        weights["w2"], weights["b1"], None, weights["b2"], *plan, config.pack(), config.clamp,
-        penstock._context.CallContext().pack(),
-    )  # fmt: skip
-    torch.library.opcheck(ops.adapted_experts, arguments)
 
 
 def case(**changes):
