@@ -2,7 +2,7 @@
 #
 # `make train` and `make test` are all a newcomer needs; `make help` lists the rest.
 #
-# Everything is set up below this folder (.venv, .venv-oldest, build, dist) and redone only when
+# Everything is set up below this folder (.venv*, build, dist, dist-cuda) and redone only when
 # what it was made from changes: environments when requirements/ or pyproject.toml do (their stamps
 # carry a hash of both), the wheel when a source file does. `make clean` removes it all.
 
@@ -33,7 +33,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help train test test-cpp test-asan test-tsan test-python test-oldest build-cuda lint format \
-        wheel clean
+        wheel wheel-cuda clean
 
 help:
 	echo 'make train        build, install into .venv, train a small MoE language model'
@@ -43,6 +43,7 @@ help:
 	echo 'make lint         formats, includes, sizes;  make format rewrites what can be rewritten'
 	echo 'make wheel        dist/penstock-*.whl'
 	echo 'make build-cuda   compile the CUDA backend (needs nvcc)'
+	echo 'make wheel-cuda   dist-cuda/penstock-*.whl, which holds the CUDA backend too (needs nvcc)'
 	echo 'make clean        remove everything that was set up or built here'
 	echo 'PYTHON=python3.12 chooses the interpreter, JOBS=2 the number of compilers at a time,'
 	echo 'V=1 shows the commands'
@@ -74,6 +75,16 @@ dist/.built: $(VENV)/.tools-$(HASH) $(WHEEL_SOURCES)
 
 wheel: dist/.built
 	ls dist/*.whl
+
+dist-cuda/.built: $(VENV)/.tools-$(HASH) $(WHEEL_SOURCES)
+	echo '==> dist-cuda: building the wheel with the CUDA backend (about ten minutes the first time)'
+	rm -rf dist-cuda
+	$(BIN)/python -m pip wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist-cuda \
+	  -C build-dir=build/wheel-cuda -C cmake.define.PENSTOCK_BUILD_CUDA=ON
+	touch $@
+
+wheel-cuda: dist-cuda/.built
+	ls dist-cuda/*.whl
 
 # $(1) the environment, $(2) its constraints, $(3) the extras. Dependencies first, then the wheel by
 # itself, so that a rebuilt wheel of the same version replaces the one before.
@@ -170,4 +181,4 @@ format: $(VENV)/.lint-$(HASH)
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf build dist $(VENV) $(OLD_VENV)
+	rm -rf build dist dist-cuda $(VENV) $(OLD_VENV)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes README's table of speed and memory from committed benchmark rows.
+"""Writes README's tables of speed and memory from committed benchmark rows.
 
-`update_readme.py` rewrites what stands between <!-- bench:begin --> and <!-- bench:end -->;
+`update_readme.py` rewrites what stands between <!-- bench:begin --> and <!-- bench:end --> from the
+CPU's rows, and between <!-- bench-gpu:begin --> and <!-- bench-gpu:end --> from the GPU's;
 `--check` fails if that would change anything, so the table cannot say what no row says. A row is
 one JSON object of benchmarks/results/*.jsonl, as `penstock bench --json FILE` writes it. Rows of
 one shape, dtype, device and save policy make one line of the table: ours, and how many times longer
@@ -17,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
 OURS = "penstock"  # any other `impl` is a peer
+YARDSTICK = "cublas"  # of the GPU's rows; it computes no layer
+MIB = 2**20
 NEEDED = ("shape", "device", "dtype", "save", "impl", "cpu", "threads", "torch", "commit")
-MEASURED = ("forward_ms", "backward_ms", "total_ms", "kept_bytes")
+MEASURED = ("forward_ms", "backward_ms", "total_ms")
 
 Row = dict[str, Any]
 
@@ -37,7 +39,11 @@ def read_rows(folder: Path) -> list[Row]:
             if not line.strip():
                 continue
             row = json.loads(line)
+            if "pass" in row:  # decoding, a profile: no step of a layer
+                continue
             needed = NEEDED if "not_run" in row else NEEDED + MEASURED
+            if row.get("impl") != YARDSTICK and "not_run" not in row:
+                needed += ("kept_bytes",)
             missing = [name for name in needed if name not in row]
             if missing:
                 raise BadRows(f"{path.name}:{number}: a row without {', '.join(missing)}")
@@ -70,33 +76,91 @@ def caption(rows: list[Row]) -> str:
     )
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as a Markdown table, one line for each row of ours, and what it was measured on."""
+def grouped(rows: list[Row]) -> list[dict[str, Row]]:
+    """Rows of one shape, dtype, device, save policy and load, by implementation."""
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (row["device"], row["dtype"], row["save"], json.dumps(row["shape"], sort_keys=True))
-        groups.setdefault(key, {})[row["impl"]] = row
+        key = (row["device"], row["dtype"], row["save"], row.get("load", "uniform"))
+        groups.setdefault((*key, json.dumps(row["shape"], sort_keys=True)), {})[row["impl"]] = row
+    for by_impl in groups.values():
+        if "total_ms" not in by_impl.get(OURS, {}):
+            raise BadRows(f"no {OURS} row that ran beside {', '.join(by_impl)}")
+    return list(groups.values())
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table, one line for each row of ours, and what it was measured on."""
+    groups = grouped(rows)
     peers = sorted({row["impl"] for row in rows} - {OURS})
 
     head = ["device", "dtype", "save", "T, d, n, E, K", "forward ms", "backward ms", "both ms"]
     head += ["kept MB", *(f"{peer} takes, times ours" for peer in peers)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for by_impl in groups.values():
-        ours = by_impl.get(OURS)
-        if ours is None or "not_run" in ours:
-            raise BadRows(f"no {OURS} row that ran beside {', '.join(by_impl)}")
-        lines.append(line_of(ours, by_impl, peers))
-    shown = [row for by_impl in groups.values() for row in by_impl.values()]
+    lines += [line_of(by_impl[OURS], by_impl, peers) for by_impl in groups]
+    shown = [row for by_impl in groups for row in by_impl.values()]
     return "\n".join([*lines, "", caption(shown), ""])
 
 
+def gpu_line(by_impl: dict[str, Row], peers: list[str]) -> str:
+    """The GPU table's line for one row of ours."""
+    ours, yard = by_impl[OURS], by_impl.get(YARDSTICK, {})
+    sizes = ", ".join(str(ours["shape"][name]) for name in "TdnEK")
+    cells = [ours["shape"]["name"], sizes, ours["load"]]
+    cells += [f"{ours['forward_ms']:.3f}", f"{ours['total_ms']:.3f}", f"{ours['tflops']:.0f}"]
+    for name in ("forward_ms", "total_ms"):
+        cells.append(f"{ours[name] / yard[name]:.2f}" if name in yard else "")
+    cells.append(f"{ours['eager_total_ms']:.3f}")
+    cells += [f"{ours[name] / MIB:.0f}" for name in ("kept_bytes", "peak_beyond_results")]
+    for peer in peers:
+        other = by_impl.get(peer, {})
+        ran = "total_ms" in other
+        cells.append(f"{other['total_ms'] / ours['total_ms']:.2f}" if ran else "does not run")
+    return "| " + " | ".join(cells) + " |"
+
+
+def gpu_table(rows: list[Row]) -> str:
+    """The GPU's rows: graph-replayed times, and how many times as long as cuBLAS's six products."""
+    groups = grouped(rows)
+    ran = {row["impl"] for row in rows if "total_ms" in row}
+    peers = sorted(ran - {OURS, YARDSTICK})
+    head = [
+        "shape",
+        "T, d, n, E, K",
+        "load",
+        "forward ms",
+        "both ms",
+        "TFLOP/s",
+        "forward / cuBLAS",
+    ]
+    head += ["both / cuBLAS", "both, eager ms", "kept MiB", "peak - gradients MiB"]
+    head += [f"{peer} takes, times ours" for peer in peers]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += [gpu_line(by_impl, peers) for by_impl in groups]
+    places = sorted({
+        f"{row['gpu']}, driver {row['driver']}, torch {row['torch']}, commit {row['commit']}, "
+        f"{row['dtype']}, {row['ceilings']['matmul_tflops']:.0f} TFLOP/s in an 8192^3 product"
+        for row in rows
+    })  # fmt: skip
+    note = "Medians, replayed as CUDA graphs, caches cleared, router included (not in cuBLAS's)."
+    return "\n".join([*lines, "", "Measured on " + "; ".join(places) + ". " + note, ""])
+
+
 def updated(readme: str, rows: list[Row]) -> str:
-    """README with its table made anew."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    """README with its tables made anew."""
+    on_gpu = [row for row in rows if row["device"] == "cuda"]
+    on_cpu = [row for row in rows if row["device"] != "cuda"]
+    readme = replaced(readme, "bench", table(on_cpu) if on_cpu else "")
+    return replaced(readme, "bench-gpu", gpu_table(on_gpu) if on_gpu else "")
+
+
+def replaced(readme: str, mark: str, text: str) -> str:
+    """README with `text` between the two marks of this name."""
+    first, last = f"<!-- {mark}:begin -->\n", f"<!-- {mark}:end -->\n"
+    before, begin, rest = readme.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise BadRows(f"README has no line {BEGIN.strip()} with a line {END.strip()} behind it")
-    return before + begin + (table(rows) if rows else "") + end + after
+        raise BadRows(f"README has no line {first.strip()} with a line {last.strip()} behind it")
+    return before + begin + text + end + after
 
 
 def main() -> int:

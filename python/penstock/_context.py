@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
+from penstock._ranges import check_kind
 from penstock.errors import invalid
 
 ID_CHECKS = ("trusted", "checked")
@@ -27,18 +28,19 @@ class CallContext:
     threads: int = 0  # 0: all cores that this process may use
     id_checks: str = "trusted"
     sm_budget: int = 0  # GPU multiprocessors, 0: all
+    ranges: str = ""  # "nvtx": a range around each pass
 
     def pack(self) -> str:
         """A string that an operator's schema can carry; unpack is its inverse."""
-        return f"{self.backend},{self.threads},{self.id_checks},{self.sm_budget}"
+        return f"{self.backend},{self.threads},{self.id_checks},{self.sm_budget},{self.ranges}"
 
     @staticmethod
     def unpack(packed: str) -> CallContext:
         """The context of a packed string; "" is the context in force now."""
         if not packed:
             return current()
-        name, threads, id_checks, sm_budget = packed.split(",")
-        return CallContext(name, int(threads), id_checks, int(sm_budget))
+        name, threads, id_checks, sm_budget, ranges = packed.split(",")
+        return CallContext(name, int(threads), id_checks, int(sm_budget), ranges)
 
 
 _DEFAULT = CallContext()
@@ -57,6 +59,7 @@ def backend(
     *,
     id_checks: str | None = None,
     sm_budget: int | None = None,
+    ranges: str | None = None,
 ) -> Iterator[CallContext]:
     """Choose the backend, and how it runs, for the calls inside a `with` block.
 
@@ -66,6 +69,7 @@ def backend(
     id_checks: "trusted" skips every id outside [0, E); "checked" raises ValueError for a negative
     id other than -1 and for an expert named twice by one token.
     sm_budget: GPU multiprocessors, 0 for all.
+    ranges: "nvtx" puts an NVTX range around each pass, for profilers; "" is none.
     What is not given is taken from the enclosing context. Blocks nest; the old context comes back
     at the end, also after an exception.
     """
@@ -86,6 +90,9 @@ def backend(
         if sm_budget < 0:
             raise invalid("sm_budget", sm_budget, "0 (all) or more", "Pass a count")
         changes["sm_budget"] = sm_budget
+    if ranges is not None:
+        check_kind(ranges)
+        changes["ranges"] = ranges
     context = replace(_current.get(), **changes)
     token = _current.set(context)
     try:

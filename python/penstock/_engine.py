@@ -17,6 +17,7 @@ from penstock._arrays import TorchArrays, arrays_of
 from penstock._context import CallContext
 from penstock._library import library
 from penstock._memory import workspace
+from penstock._ranges import ranged
 from penstock.errors import invalid
 
 GATED = ("swiglu", "geglu", "reglu", "swiglu_clamped")
@@ -133,6 +134,7 @@ def problem_of(x: Any, weights: Weights, plan: Plan, config: Config) -> Problem:
     )
 
 
+@ranged
 def router_logits(x: Any, weight: Any, context: CallContext) -> Any:
     """Logits (T, E) = x (T, d) times weight (E, d) transposed, in fp32 (float64 for float64)."""
     problem = _router_problem(x, weight)
@@ -144,6 +146,7 @@ def router_logits(x: Any, weight: Any, context: CallContext) -> Any:
     return logits
 
 
+@ranged
 def router_logits_backward(
     dlogits: Any, x: Any, weight: Any, wanted: tuple[bool, bool], context: CallContext
 ) -> tuple[Any, Any]:
@@ -159,6 +162,7 @@ def router_logits_backward(
     return dx, dweight
 
 
+@ranged
 def route(logits: Any, top_k: int, router: str, context: CallContext) -> tuple[Any, Any]:
     """Scores and ids (T, K) of the K experts of each token."""
     _check_rank("logits", logits, 2, "(num_tokens, num_experts)")
@@ -174,6 +178,7 @@ def route(logits: Any, top_k: int, router: str, context: CallContext) -> tuple[A
     return scores, ids
 
 
+@ranged
 def route_backward(
     dscores: Any, saved: tuple[Any, Any, Any], num_experts: int, router: str, context: CallContext
 ) -> Any:
@@ -189,6 +194,7 @@ def route_backward(
     return dlogits
 
 
+@ranged
 def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: CallContext) -> Plan:
     """The plan of flat ids (slots); `shape` is (num_tokens, num_experts)."""
     num_tokens, num_experts = shape
@@ -223,6 +229,7 @@ def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: Ca
     return plan
 
 
+@ranged
 def experts_forward(
     x: Any, scores: Any, weights: Weights, plan: Plan, config: Config, context: CallContext
 ) -> tuple[Any, Any]:

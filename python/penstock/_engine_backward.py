@@ -23,6 +23,7 @@ from penstock._engine import (
 )
 from penstock._library import library
 from penstock._memory import workspace
+from penstock._ranges import ranged
 
 
 class Saved(NamedTuple):
@@ -86,6 +87,7 @@ def new_weight_grads(saved: Saved, wanted: Weights, trainable: Any) -> Weights:
     )
 
 
+@ranged
 def experts_backward(
     d_output: Any, saved: Saved, wanted: tuple[bool, bool], into: Into, context: CallContext
 ) -> Grads:
@@ -101,6 +103,7 @@ def experts_backward(
     return Grads(dx, dscores, into.weights)
 
 
+@ranged
 def experts_backward_data(
     d_output: Any, saved: Saved, wanted: tuple[bool, bool], context: CallContext
 ) -> tuple[Grads, Delayed]:
@@ -119,6 +122,7 @@ def experts_backward_data(
     return Grads(dx, dscores, NOTHING), delayed
 
 
+@ranged
 def experts_backward_weights(
     d_output: Any, saved: Saved, delayed: Delayed, into: Into, context: CallContext
 ) -> None:

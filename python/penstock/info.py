@@ -29,16 +29,28 @@ DRIVER_FOR_CUDA_13 = 580
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's options."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="also run three small layers on every backend against float64 (needs torch)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what collect finds."""
+    """Prints what collect finds; 1 if a verification that was asked for found something wrong."""
     facts = collect()
+    checked = []
+    if args.verify:
+        from penstock.bench.self_check import self_check
+
+        checked = list(self_check())
+        facts["verification"] = [one._asdict() | {"right": one.right} for one in checked]
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
         print(as_text(facts))
-    return 0
+        if checked:
+            print("\n".join(["Verification", *(one.line() for one in checked)]))
+    return 0 if all(one.right for one in checked) else 1
 
 
 def collect() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import plain
 import pytest
@@ -28,17 +29,67 @@ def test_blocks_nest_and_restore():
 
 
 def test_a_context_packs_and_unpacks():
-    context = _context.CallContext("reference", 3, "checked", 5)
+    context = _context.CallContext("reference", 3, "checked", 5, "nvtx")
     assert _context.CallContext.unpack(context.pack()) == context
     with penstock.backend("reference"):
         assert _context.CallContext.unpack("").backend == "reference"
 
 
 @pytest.mark.parametrize(
-    "keywords", [{"threads": -1}, {"id_checks": "maybe"}, {"sm_budget": -1}, {"name": "a,b"}]
+    "keywords",
+    [{"threads": -1}, {"id_checks": "maybe"}, {"sm_budget": -1}, {"name": "a,b"}, {"ranges": "x"}],
 )
 def test_settings_are_checked(keywords):
     with pytest.raises(ValueError, match="got"), penstock.backend(**keywords):
+        pass
+
+
+class Nvtx:
+    """Stands for torch.cuda.nvtx; keeps the names in the order in which ranges open."""
+
+    def __init__(self):
+        self.names, self.open = [], 0
+
+    def range_push(self, name):
+        self.names.append(name)
+        self.open += 1
+
+    def range_pop(self):
+        self.open -= 1
+
+    @contextmanager
+    def range(self, name):
+        self.range_push(name)
+        yield
+        self.range_pop()
+
+
+def test_ranges_are_around_every_pass_where_they_are_asked_for(monkeypatch):
+    nvtx = Nvtx()
+    monkeypatch.setattr(torch.cuda, "nvtx", nvtx)
+    layer = penstock.MoE(16, 8, 4, 2)
+    x = torch.randn(5, 16)
+    layer(x).sum().backward()
+    assert nvtx.names == []
+    with penstock.backend(ranges="nvtx"):
+        y = layer(x)
+        with penstock.backend(ranges=""):
+            layer(x)
+    y.sum().backward()  # in the context of its forward pass
+    passes = ["router_logits", "build_plan", "experts_forward"]
+    passes += ["experts_backward", "router_logits_backward"]
+    marked = [f"penstock::{name}" for name in passes]
+    assert [name for name in nvtx.names if name in marked] == marked
+    assert nvtx.open == 0
+
+
+def test_ranges_need_a_torch_that_has_them(monkeypatch):
+    class Without(Nvtx):
+        def range_push(self, name):
+            raise RuntimeError("NVTX functions not installed")
+
+    monkeypatch.setattr(torch.cuda, "nvtx", Without())
+    with pytest.raises(ValueError, match="not installed"), penstock.backend(ranges="nvtx"):
         pass
 
 

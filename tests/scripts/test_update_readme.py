@@ -10,7 +10,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
-EMPTY = "before\n<!-- bench:begin -->\n<!-- bench:end -->\nafter\n"
+EMPTY = (
+    "before\n<!-- bench:begin -->\n<!-- bench:end -->\nafter\n"
+    "<!-- bench-gpu:begin -->\n<!-- bench-gpu:end -->\nlast\n"
+)
 
 
 SHAPE = {"T": 8, "d": 4, "n": 2, "E": 4, "K": 2, "name": "tiny"}
@@ -46,7 +49,7 @@ def test_rows_become_lines_with_ratios(tree):
     assert f"| {cells} |\n" in text
     assert "Measured on A CPU, 2 threads, torch 2.15.0, commit abc." in text
     assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    assert text.endswith(EMPTY.partition("after")[2])
     assert run(root, "--check").returncode == 0
 
 
@@ -84,6 +87,37 @@ def test_rows_and_marks_that_are_missing_are_named(tree):
     result = run(tree({"README.md": EMPTY, "benchmarks/results/a.jsonl": only_a_peer}))
     assert "no penstock row" in result.stderr
     assert run(tree({"README.md": "nothing", "benchmarks/results/a.jsonl": ""})).returncode == 1
+
+
+GPU_FACTS = {
+    "device": "cuda", "gpu": "A GPU", "driver": "580", "load": "uniform",
+    "ceilings": {"matmul_tflops": 700.0},
+}  # fmt: skip
+
+
+def gpu_row(impl: str, total: float | None, **more) -> dict:
+    figures = {"tflops": 500.0, "eager_total_ms": 3.5, "peak_beyond_results": 50 << 20}
+    return row(impl, total, **GPU_FACTS, **(figures if total else {}), **more)
+
+
+def test_gpu_rows_have_a_table_of_their_own(tree):
+    yard = gpu_row("cublas", 2.0)
+    del yard["kept_bytes"]
+    results = rows(
+        row("penstock", 10.0),
+        gpu_row("penstock", 3.0),
+        yard,
+        gpu_row("torch-grouped", 6.0),
+        gpu_row("momoe", None),
+        {**gpu_row("penstock", 1.0), "pass": "profile"},
+    )
+    root = tree({"README.md": EMPTY, "benchmarks/results/a.jsonl": results})
+    assert run(root).returncode == 0
+    cpu, gpu = (root / "README.md").read_text().split("after")
+    assert "10.00" in cpu and "A GPU" not in cpu
+    assert "| 0.750 | 3.000 | 500 | 1.50 | 1.50 | 3.500 | 2 | 50 | 2.00 |" in gpu
+    assert "A GPU" in gpu and "700 TFLOP/s" in gpu and "momoe" not in gpu
+    assert run(root, "--check").returncode == 0
 
 
 def test_without_rows_there_is_no_table(tree):

@@ -2,7 +2,8 @@
 """The `penstock bench` subcommand: options, and the order of things.
 
 For each shape: verify every peer, time those that passed in turn, measure their memory, print a
-table, write rows. Exit codes: 0, 1 when a verification failed, 2 for options that cannot be used.
+table, write rows; on a GPU, gpu/command.py does that. Exit codes: 0, 1 when a verification failed,
+2 for options that cannot be used.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DEFAULT_SHAPES = ("cpu-1", "cpu-2", "cpu-3")
+DEFAULT_SHAPES = {
+    "cpu": ("cpu-1", "cpu-2", "cpu-3"),
+    "cuda": (
+        "1.4B-n256", "7B-n256", "7B-n1024", "30B-n256", "30B-n1024", "120B-n1024", "olmoe",
+        "qwen3-next", "small-T",
+    ),
+}  # fmt: skip
+DEFAULT_DTYPES = {"cpu": "fp32", "cuda": "bf16"}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+LOADS = ("uniform", "zipf", "hot")
 NOT_VERIFIED = 1
 UNUSABLE = 2
 
@@ -26,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="T,d,n,E,K",
         help="five numbers, or a name (--list shows them); may be repeated; "
-        f"default: {' '.join(DEFAULT_SHAPES)}",
+        "default: cpu-1 cpu-2 cpu-3, or the published ones on a GPU",
     )
     parser.add_argument("--list", action="store_true", help="list the named shapes and leave")
-    parser.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], default="fp32")
-    parser.add_argument("--device", default="cpu", help="cpu (the default)")
+    parser.add_argument(
+        "--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: fp32, or bf16 on a GPU"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
     parser.add_argument("--repeats", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads for everyone (default: all cores)"
@@ -41,9 +52,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--backend", default="", help="of Penstock (default: the device's first)")
     parser.add_argument(
-        "--peers", default="", help="only these, by comma: penstock,torch-loop,torch-grouped"
-    )
+        "--peers", default="", help="only these, by comma: penstock,torch-loop,torch-grouped, and "
+        "on a GPU torch-compiled,sonicmoe,scattermoe,momoe"
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write one row a line")
+    parser.add_argument(
+        "--commit", default="", help="for the rows, where the sources are not a checkout"
+    )
+    _add_gpu_arguments(parser)
+
+
+def _add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("on a GPU")
+    group.add_argument(
+        "--load", choices=LOADS, default="uniform",
+        help="how tokens spread over the experts: zipf (1 / rank), hot (all to the same K)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tokens", type=_counts, default=(), metavar="T,...",
+        help="forward alone with these numbers of tokens: decoding",
+    )  # fmt: skip
+    group.add_argument("--profile", action="store_true", help="also time each launch of ours")
+    group.add_argument("--png", type=Path, metavar="FILE", help="also draw the ratios to cuBLAS")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Numbers by comma, 1 or more each."""
+    counts = tuple(int(part) for part in text.split(","))
+    if min(counts) < 1:
+        raise ValueError
+    return counts
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,7 +102,8 @@ def _run(args: argparse.Namespace) -> int:
         for shape in known_shapes().values():
             print(f"{shape.name:12} {','.join(map(str, shape.sizes))}")
         return 0
-    shapes = [parse_shape(text) for text in args.shape or DEFAULT_SHAPES]
+    _check(args)
+    shapes = [parse_shape(text) for text in args.shape or DEFAULT_SHAPES[args.device]]
 
     # The memory measurement uses torch's profiler, whose own log lines would fill the screen.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -73,23 +112,40 @@ def _run(args: argparse.Namespace) -> int:
 
     from penstock.bench.problem import Problem
 
-    peers = _chosen_peers(args.peers)
-    _check(args)
+    peers = _chosen_peers(args.peers, args.device)
     threads = args.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     console = Console()
-    dtype = DTYPES.get(args.dtype, args.dtype)
-    all_rows: list[dict[str, Any]] = []
-    for shape in shapes:
-        problem = Problem(shape, dtype, args.device, args.save, args.backend, threads)
-        rows = bench_shape(problem, peers, args.repeats, console)
-        all_rows += rows
-        if args.json:
-            from penstock.bench.report import write_json
+    dtype = args.dtype or DEFAULT_DTYPES[args.device]
+    problems = [
+        Problem(shape, DTYPES.get(dtype, dtype), args.device, args.save, args.backend, threads)
+        for shape in shapes
+    ]
+    if args.device == "cuda":
+        from penstock.bench.gpu.command import run as run_on_gpu
 
-            write_json(args.json, all_rows)
+        all_rows = run_on_gpu(args, problems, peers, console)
+    else:
+        all_rows = _run_on_cpu(args, problems, peers, console)
     failed = [row for row in all_rows if row.get("verified") is False]
     return NOT_VERIFIED if failed else 0
+
+
+def _run_on_cpu(
+    args: argparse.Namespace, problems: list[Any], peers: list[Any], console: Any
+) -> list[dict[str, Any]]:
+    from penstock.bench.report import write_json
+
+    all_rows: list[dict[str, Any]] = []
+    for problem in problems:
+        rows = bench_shape(problem, peers, args.repeats, console)
+        if args.commit:
+            for row in rows:
+                row["commit"] = args.commit
+        all_rows += rows
+        if args.json:
+            write_json(args.json, all_rows)
+    return all_rows
 
 
 def bench_shape(problem: Any, peers: list[Any], repeats: int, console: Any) -> list[dict[str, Any]]:
@@ -141,9 +197,9 @@ def _own_facts(problem: Any, tensors: Any) -> dict[str, Any]:
 
     sizes, settings = problem.shape.sizes, {"dtype": problem.dtype, "save": problem.save}
     with backend(problem.backend, threads=problem.threads):
-        chosen = chosen_backend(sizes, dtype=problem.dtype)
+        chosen = chosen_backend(sizes, dtype=problem.dtype, device=problem.device)
         formula = {
-            which: functional.workspace_bytes(sizes, which, **settings)
+            which: functional.workspace_bytes(sizes, which, **settings, device=problem.device)
             for which in ("forward", "backward")
         }
     with watch_workspaces() as log:
@@ -157,26 +213,41 @@ def _own_facts(problem: Any, tensors: Any) -> dict[str, Any]:
     }
 
 
-def _chosen_peers(text: str) -> list[Any]:
-    from penstock.bench.peers import ALL
+def _chosen_peers(text: str, device: str) -> list[Any]:
+    from penstock.bench import peers
 
-    by_name = {peer.name: peer for peer in ALL}
-    names = text.split(",") if text else list(by_name)
-    for name in names:
+    if not text:
+        return list(peers.ON_GPU if device == "cuda" else peers.ALL)
+    by_name = peers.by_name()
+    for name in text.split(","):
         if name not in by_name:
             raise ValueError(f"--peers: got {name!r}, expected some of {', '.join(by_name)}")
-    return [by_name[name] for name in names]
+    return [by_name[name] for name in text.split(",")]
 
 
 def _check(args: argparse.Namespace) -> None:
-    from penstock.bench.measure import STOPWATCHES
-
-    if args.device not in STOPWATCHES:
+    if args.device not in DEFAULT_SHAPES:
         raise ValueError(
-            f"--device: got {args.device!r}, expected one of {', '.join(STOPWATCHES)}. "
+            f"--device: got {args.device!r}, expected one of {', '.join(DEFAULT_SHAPES)}. "
             "See `penstock info` for what this machine has"
         )
+    if args.device == "cuda":
+        _check_gpu(args)
     if args.repeats < 1:
         raise ValueError(f"--repeats: got {args.repeats}, expected 1 or more")
     if args.threads < 0:
         raise ValueError(f"--threads: got {args.threads}, expected 0 (all cores) or more")
+
+
+def _check_gpu(args: argparse.Namespace) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "--device: got 'cuda' where torch sees no GPU, expected cpu. `penstock info` says what "
+            "this machine has"
+        )
+    if args.profile and args.peers and "penstock" not in args.peers.split(","):
+        raise ValueError(
+            f"--profile: got it with --peers {args.peers}, expected penstock among them. Add it"
+        )

@@ -47,11 +47,11 @@ def make_tensors(problem: Problem, seed: int = 0) -> Tensors:
 
     _, num_tokens, hidden_size, intermediate_size, num_experts, _ = problem.shape
     dtype = getattr(torch, problem.dtype)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(problem.device).manual_seed(seed)
 
     def random(*shape: int, scale: float) -> Any:
-        values = torch.empty(shape, dtype=torch.float32).normal_(0, scale, generator=generator)
-        return values.to(device=problem.device, dtype=dtype)
+        values = torch.empty(shape, dtype=torch.float32, device=problem.device)
+        return values.normal_(0, scale, generator=generator).to(dtype)
 
     leaves = (
         random(num_tokens, hidden_size, scale=1.0),

@@ -41,11 +41,14 @@ class Shape(NamedTuple):
         return 6 * work, 12 * work
 
     def scaled_down(self) -> Shape:
-        """A layer that float64 checks in moments: the same E/K ratio where it can, odd sizes."""
+        """A layer that float64 checks in moments: the same E/K ratio where it can, odd sizes.
+
+        Never fewer than 16 tokens, so that some of them choose their experts clearly.
+        """
         experts = min(self.num_experts, 13)
         return Shape(
             f"{self.name} scaled down",
-            min(self.num_tokens, 131),
+            min(max(self.num_tokens, 16), 131),
             min(self.hidden_size, 88),
             min(self.intermediate_size, 72),
             experts,

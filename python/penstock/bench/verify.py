@@ -111,8 +111,8 @@ def _run(peer: Peer, problem: Problem, tensors: Tensors) -> tuple[Any, ...]:
     import torch
 
     output = peer.forward(problem, tensors)
-    grads = torch.autograd.grad(output, tensors.leaves, tensors.d_output)
-    return (output.detach(), *grads)
+    grads = torch.autograd.grad(output, peer.leaves(tensors), tensors.d_output)
+    return (output.detach(), *peer.in_our_layout(grads))
 
 
 def relative_l2(got: Any, expected: Any) -> float:

@@ -55,8 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _number(group, "--seed", run.seed)
     _number(group, "--eval-every", run.eval_every, "steps between evaluations")
     _number(group, "--checkpoint-every", run.checkpoint_every, "steps between checkpoints")
-    _choice(group, "--device", run.device, configs.DEVICES)
-    _choice(group, "--dtype", run.dtype, configs.DTYPES, "of products; weights stay fp32")
+    _choice(group, "--device", run.device, configs.DEVICES, "auto: the GPU where it can be used")
+    _choice(
+        group, "--dtype", run.dtype, configs.DTYPES,
+        "of products (auto: bf16 on a GPU, fp32 on a CPU); weights stay fp32",
+    )  # fmt: skip
     _number(group, "--threads", run.threads, "CPU threads, 0 for all cores")
     group = parser.add_argument_group("model")
     _number(group, "--layers", model.layers)
@@ -131,9 +134,9 @@ def _resume(folder: Path, out: str | None, options: dict) -> int:
 def _prepare(config: RunConfig):
     """Checks what needs more than the options themselves: the device and the text."""
     from penstock.train.data import load_corpus
-    from penstock.train.trainer import resolve_device
+    from penstock.train.placement import resolve_placement
 
-    resolve_device(config.device)
+    resolve_placement(config)
     return load_corpus(config.data, config.model.sequence)
 
 
@@ -175,6 +178,7 @@ def _train(folder: Path, config: RunConfig, corpus) -> int:
     from penstock.train import loop, report
     from penstock.train.data import evaluation_windows
     from penstock.train.files import locked, write_atomically
+    from penstock.train.placement import resolve_placement
     from penstock.train.progress import Display
 
     display = Display(Console())
@@ -182,6 +186,7 @@ def _train(folder: Path, config: RunConfig, corpus) -> int:
         f"{corpus.num_files} files, {len(corpus.train):,} bytes to learn from, "
         f"{len(corpus.held_out):,} held out ({corpus.split}). Run: {folder}"
     )
+    display.line(f"On {resolve_placement(config)}")
     windows = evaluation_windows(corpus.held_out, config.model.sequence, EVALUATION_WINDOWS)
     with locked(folder), loop.StopRequest() as stop:
         settings = json.dumps(config.to_json(), indent=2) + "\n"

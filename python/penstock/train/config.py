@@ -21,7 +21,7 @@ VOCABULARY = 256  # bytes
 ROUTERS = ("softmax_topk", "topk_softmax", "topk_softmax_normalized")
 SAVE_POLICIES = ("preactivation", "input")
 DEVICES = ("auto", "cpu", "cuda")
-DTYPES = ("fp32", "bf16")
+DTYPES = ("auto", "fp32", "bf16")
 FEED_FORWARDS = ("moe", "dense")
 
 # Options that a resumed run may change: none of them decides the shape of a tensor or which bytes
@@ -119,7 +119,7 @@ class RunConfig:
     eval_every: int = 50
     checkpoint_every: int = 50
     device: str = "auto"
-    dtype: str = "fp32"
+    dtype: str = "auto"
     threads: int = 0
     compare_dense: bool = False
 

@@ -23,6 +23,7 @@ from penstock.train.config import VOCABULARY, RunConfig
 from penstock.train.data import Corpus, training_windows
 from penstock.train.errors import TrainError
 from penstock.train.model import LanguageModel
+from penstock.train.placement import resolve_placement
 
 BETAS = (0.9, 0.95)
 FINAL_LR_SHARE = 0.1
@@ -58,29 +59,6 @@ class Evaluation:
         return [[load * len(layer) / max(sum(layer), 1) for load in layer] for layer in self.loads]
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU only where torch and penstock both can use it."""
-    reason = _why_no_cuda()
-    if name == "cuda" and reason:
-        raise TrainError(
-            "--device",
-            got=f"'cuda' ({reason})",
-            expected="a GPU that torch and penstock can use",
-            remedy="Pass --device cpu; `penstock info` lists the backends.",
-        )
-    return torch.device("cuda" if name != "cpu" and not reason else "cpu")
-
-
-def _why_no_cuda() -> str:
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    backends = [backend for backend in penstock.list_backends() if backend.device == "cuda"]
-    if any(backend.available for backend in backends):
-        return ""
-    reasons = "; ".join(f"{backend.name}: {backend.reason}" for backend in backends)
-    return reasons or "this build of penstock has no CUDA backend"
-
-
 def learning_rate(config: RunConfig, step: int) -> float:
     """Linear warm-up, then a cosine from lr to a tenth of it. Steps count from 0."""
     warmup = min(MAX_WARMUP, max(1, config.steps // 10))
@@ -98,7 +76,8 @@ class Trainer:
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
         self.config = config
         self.corpus = corpus
-        self.device = resolve_device(config.device)
+        self.placement = resolve_placement(config)
+        self.device = self.placement.device
         self.threads = config.threads or len(os.sched_getaffinity(0))
         self.step = 0
         torch.set_num_threads(self.threads)
@@ -183,8 +162,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _numerics(self):
-        """Our threads, and bf16 products over fp32 weights where --dtype says so."""
-        bf16 = self.config.dtype == "bf16"
+        """Our threads, and bf16 products over fp32 weights where the placement says so."""
+        bf16 = self.placement.dtype == torch.bfloat16
         with (
             penstock.backend(threads=self.threads),
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),

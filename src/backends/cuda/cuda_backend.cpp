@@ -4,8 +4,6 @@
 // one entry per operation. Every entry makes the tensors' device current for its launches.
 #include "backends/cuda/cuda_backend.h"
 
-#include <array>
-#include <mutex>
 #include <string>
 
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
@@ -15,7 +13,6 @@
 namespace penstock::cuda {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr int kVectorElements = 8;  // 16-byte accesses of 16-bit elements
 
 class DeviceGuard {
@@ -101,22 +98,8 @@ std::string why_unavailable() {
   return device_reason(0);
 }
 
-// Kernel attributes are per device and must not first be set inside a captured region, so they are
-// set the first time a device is asked about.
-void prepare(int device) {
-  static std::array<std::once_flag, kMaxDevices> done;
-  std::call_once(done[static_cast<size_t>(device)], [device] {
-    const DeviceGuard guard(Device{DeviceType::cuda, device});
-    prepare_plan_kernels();
-  });
-}
-
 std::string why_not(const ExpertsProblem& problem) {
   if (std::string reason = why_not_products_dtype(problem.dtype); !reason.empty()) return reason;
-  if (problem.device.index < 0 || problem.device.index >= kMaxDevices) {
-    return "device index " + std::to_string(problem.device.index) + " is outside [0, " +
-           std::to_string(kMaxDevices) + ")";
-  }
   if (std::string reason = device_reason(problem.device.index); !reason.empty()) return reason;
   if (problem.hidden_size % kVectorElements != 0 ||
       problem.intermediate_size % kVectorElements != 0) {
@@ -129,7 +112,6 @@ std::string why_not(const ExpertsProblem& problem) {
            std::to_string(kMaxExperts);
   }
   if (std::string reason = why_not_products(problem); !reason.empty()) return reason;
-  prepare(problem.device.index);
   return {};
 }
 
@@ -148,7 +130,7 @@ const Backend kBackend = {
     .description = description,
     .why_unavailable = why_unavailable,
     .why_not = why_not,
-    .why_not_dtype = why_not_products_dtype,
+    .why_not_dtype = why_not_router_dtype,
     .scratch_bytes = scratch_bytes,
     .router_scratch_bytes = router_scratch_bytes,
     .plan_scratch_bytes = plan_scratch_bytes,

@@ -9,7 +9,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import penstock
+from penstock.bench import self_check
+from penstock.bench.peers import penstock_engine
 
 # penstock.info is the function, also after this.
 info = importlib.import_module("penstock.info")
@@ -80,3 +84,27 @@ def test_no_gpu(monkeypatch):
     monkeypatch.setattr(info.subprocess, "run", absent)
     monkeypatch.setattr(info.Path, "read_text", lambda *a, **k: absent())
     assert info.gpu() == {"devices": [], "driver": None, "note": "no NVIDIA driver found"}
+
+
+def test_verification_of_every_backend(capsys):
+    parser = argparse.ArgumentParser()
+    info.add_arguments(parser)
+    assert info.run(parser.parse_args(["--verify"])) == 0
+    lines = capsys.readouterr().out.split("Verification\n")[1].splitlines()
+    facts = json.loads(printed(capsys, "--verify", "--json"))
+    assert [entry["right"] for entry in facts["verification"]] == [True] * len(lines)
+    usable = {b.name for b in penstock.list_backends() if b.available}
+    assert {line.split()[0] for line in lines} == usable
+    assert all(" ok " in line for line in lines) and len(lines) % len(self_check.SHAPES) == 0
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_backend_is_found(factor, monkeypatch, capsys):
+    """As if the compiler had broken one product."""
+    right = penstock_engine.PEER
+    wrong = right._replace(forward=lambda *call: right.forward(*call) * factor)
+    monkeypatch.setattr(penstock_engine, "PEER", wrong)
+    parser = argparse.ArgumentParser()
+    info.add_arguments(parser)
+    assert info.run(parser.parse_args(["--verify"])) == 1
+    assert "WRONG" in capsys.readouterr().out

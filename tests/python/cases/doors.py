@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two Python interfaces over a Layer, and the decorator that ties tests to declared cases.
+"""The Python interfaces over a Layer, and the decorator that ties tests to declared cases.
 
 A door runs a layer and returns its results as arrays in their own dtypes, so that bits can be
 compared; as_float64 makes them comparable with the statement.
@@ -130,23 +130,25 @@ class TorchDoor(Door):
     """penstock.functional on torch tensors, gradients by autograd."""
 
     name = "torch"
+    device = "cpu"
 
-    @staticmethod
-    def array(values: np.ndarray, dtype: str) -> torch.Tensor:
+    @classmethod
+    def array(cls, values: np.ndarray, dtype: str) -> torch.Tensor:
         """Values as a tensor of the dtype."""
-        return torch.from_numpy(np.ascontiguousarray(values)).to(TORCH_DTYPES[dtype])
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.to(device=cls.device, dtype=TORCH_DTYPES[dtype])
 
-    @staticmethod
-    def ids(values: np.ndarray) -> torch.Tensor:
+    @classmethod
+    def ids(cls, values: np.ndarray) -> torch.Tensor:
         """Ids as they are passed."""
-        return torch.from_numpy(np.ascontiguousarray(values))
+        return torch.from_numpy(np.ascontiguousarray(values)).to(cls.device)
 
-    @staticmethod
-    def run_inputs(inputs: dict, layer: Layer) -> dict:
+    @classmethod
+    def run_inputs(cls, inputs: dict, layer: Layer) -> dict:
         """Forward and backward of the given tensors."""
         names = ["x", "scores", *weights_of(layer)]
         leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-        output = TorchDoor.forward(leaves, inputs["ids"], layer)
+        output = cls.forward(leaves, inputs["ids"], layer)
         grads = torch.autograd.grad(output, list(leaves.values()), inputs["d_output"])
         results = {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
         return {"output": output.detach()} | results
@@ -160,25 +162,33 @@ class TorchDoor(Door):
             activation=layer.activation, save=layer.save, **biases, **layer.options,
         )  # fmt: skip
 
-    @staticmethod
-    def route(logits: np.ndarray, top_k: int, router: str, dtype: str) -> tuple:
+    @classmethod
+    def route(cls, logits: np.ndarray, top_k: int, router: str, dtype: str) -> tuple:
         """Scores and ids (T, K) as NumPy arrays."""
-        tensor = torch.from_numpy(logits).to(TORCH_DTYPES[dtype])
-        scores, ids = functional.route(tensor, top_k, router=router).topk()
-        return scores.numpy(), ids.numpy()
+        scores, ids = functional.route(cls.array(logits, dtype), top_k, router=router).topk()
+        return scores.cpu().numpy(), ids.cpu().numpy()
 
     @staticmethod
     def bits(tensor: torch.Tensor) -> bytes:
         """The bytes of a result."""
-        return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        if not tensor.numel():
+            return b""
+        return tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
     @staticmethod
     def as_float64(tensor: torch.Tensor) -> np.ndarray:
         """A result's values."""
-        return tensor.double().numpy()
+        return tensor.double().cpu().numpy()
 
 
-DOORS = {"numpy": NumpyDoor, "torch": TorchDoor}
+class CudaDoor(TorchDoor):
+    """The same on the GPU, for the tests in tests/python/cuda."""
+
+    name = "cuda"
+    device = "cuda"
+
+
+DOORS = {door.name: door for door in (NumpyDoor, TorchDoor, CudaDoor)}
 
 
 def check_statement(door, layer: Layer, results: dict | None = None) -> dict:

@@ -13,8 +13,9 @@ from doors import TESTED
 
 HERE = Path(__file__).resolve().parent
 CPP = HERE.parents[1] / "cpp" / "hostile"
-DOOR_NAMES = ("cpp", "numpy", "torch")
-COVERED = {*range(1, 19), 21, 22, 26, 27, 28, 34}
+CUDA = HERE.parent / "cuda"
+DOOR_NAMES = ("cpp", "numpy", "torch", "cuda")
+COVERED = {*range(1, 24), 25, 26, 27, 28, 34, 35}
 
 
 def numbers_in_cpp() -> set[int]:
@@ -29,8 +30,10 @@ def numbers_in_cpp() -> set[int]:
 @pytest.fixture(scope="module", autouse=True)
 def every_test_module() -> None:
     """Importing them fills TESTED, also when only this file was chosen."""
-    for path in HERE.glob("test_hostile_*.py"):
-        importlib.import_module(path.stem)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(CUDA)
+        for path in (*HERE.glob("test_hostile_*.py"), *CUDA.glob("test_cuda_*.py")):
+            importlib.import_module(path.stem)
 
 
 def test_the_list_is_complete() -> None:

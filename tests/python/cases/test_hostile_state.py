@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile cases 18, 26, 27, 28 and 34 through NumPy and torch: calls at once, in other company,
+"""Hostile cases 18, 26, 27, 28, 34 and 35 through NumPy and torch: calls at once, in other company,
 again, on top of earlier gradients, in copies and in a child process.
 
 C++ twins are in tests/cpp/hostile/state_cases.cpp.
@@ -23,6 +23,7 @@ from doors import EVERY_KIND, NumpyDoor, TorchDoor, case, check_same_bits
 
 import penstock
 from penstock import functional
+from penstock.bench.self_check import self_check
 
 every_kind = pytest.mark.parametrize(("backend", "dtype"), EVERY_KIND)
 
@@ -258,6 +259,12 @@ def test_case_34_copies_of_a_module() -> None:
     fresh.load_state_dict(torch.load(buffer))
     for other in (*copies, fresh):
         assert torch.equal(other(x), y)
+
+
+@case(35, "torch")
+def test_case_35_every_backend_is_verified(cpu_backend) -> None:
+    found = [checked for checked in self_check() if checked.backend == cpu_backend]
+    assert found and all(checked.right for checked in found)
 
 
 @case(34, "numpy")

@@ -9,6 +9,7 @@ rows and sums them as a small product rather than an index_add of rows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from penstock.bench.problem import Problem, Tensors
@@ -20,6 +21,11 @@ class Peer(NamedTuple):
     name: str
     why_not: Callable[[Problem], str]
     forward: Callable[[Problem, Tensors], Any]  # the output (T, d)
+    # What its gradients are taken of, in the order of GRADIENTS, and these gradients as the
+    # problem lays its weights out.
+    leaves: Callable[[Tensors], tuple[Any, ...]] = lambda tensors: tensors.leaves
+    in_our_layout: Callable[[tuple[Any, ...]], tuple[Any, ...]] = lambda gradients: gradients
+    why_no_graph: str = ""  # why a CUDA graph cannot hold it; empty if it can
     # Times the contract's error that it may have. Peers that round scores and sums to a 16-bit
     # dtype are less exact than the contract asks of us, and are timed all the same.
     allowance: float = 1.0
@@ -34,16 +40,30 @@ class Dispatch(NamedTuple):
     scores: Any  # (T, K)
 
 
-def route_and_dispatch(problem: Problem, tensors: Tensors) -> Dispatch:
-    """Top-k of the logits, softmax over the chosen in fp32, rows gathered in expert order."""
+def why_not_installed(package: str, problem: Problem) -> str:
+    """Why a package for GPUs cannot run the problem; empty if it can."""
+    if problem.device != "cuda":
+        return "it runs on GPUs only"
+    return "" if find_spec(package) else "not installed"
+
+
+def route(problem: Problem, tensors: Tensors) -> tuple[Any, Any]:
+    """Scores and ids (T, K): top-k of the logits, softmax over the chosen in fp32."""
     import torch
 
-    top_k, num_experts = problem.shape.top_k, problem.shape.num_experts
     logits = torch.nn.functional.linear(tensors.x, tensors.router_weight)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    values, ids = logits.topk(top_k, dim=-1)
-    scores = values.softmax(dim=-1).to(tensors.x.dtype)
+    values, ids = logits.topk(problem.shape.top_k, dim=-1)
+    return values.softmax(dim=-1).to(tensors.x.dtype), ids
+
+
+def route_and_dispatch(problem: Problem, tensors: Tensors) -> Dispatch:
+    """The routing, and the rows gathered in expert order."""
+    import torch
+
+    top_k, num_experts = problem.shape.top_k, problem.shape.num_experts
+    scores, ids = route(problem, tensors)
     flat = ids.flatten()
     order = flat.argsort(stable=True)
     rows = tensors.x.index_select(0, order // top_k)

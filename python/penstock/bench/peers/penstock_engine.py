@@ -11,12 +11,12 @@ from penstock.bench.problem import Problem, Tensors
 
 def why_not(problem: Problem) -> str:
     """Why the engine cannot run the problem; empty if it can."""
-    from penstock.bench.problem import make_tensors
+    from penstock import UnsupportedError, backend, chosen_backend
 
-    tiny = problem._replace(shape=problem.shape.scaled_down()._replace(num_tokens=2))
     try:
-        forward(tiny, make_tensors(tiny))
-    except RuntimeError as error:  # UnsupportedError among them, with every backend's reason
+        with backend(problem.backend):
+            chosen_backend(problem.shape.sizes, dtype=problem.dtype, device=problem.device)
+    except UnsupportedError as error:  # with every backend's reason
         return str(error).splitlines()[0]
     return ""
 

@@ -31,11 +31,25 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
       : "memory");
 }
 
-// 16 bytes, or 16 zero bytes when `bytes` is 0 (the source is then not read).
+// The same box into the same place of every CTA in `ctas` (a bit each), and its bytes to the
+// barrier at the same address in each.
+__device__ __forceinline__ void tma_load_multicast(uint32_t destination, const CUtensorMap* map,
+                                                   uint32_t barrier, Coordinates at,
+                                                   uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(at.c0), "r"(at.c1), "r"(at.c2),
+      "h"(ctas)
+      : "memory");
+}
+
+// 16 bytes, or 16 zero bytes when `bytes` is 0 (the source is then not read). A row is read 128
+// bytes a stage, so the other half of a 256-byte line will be wanted next.
 __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source,
                                               uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
-               "r"(bytes)
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(destination),
+               "l"(source), "r"(bytes)
                : "memory");
 }
 
@@ -43,6 +57,19 @@ __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* 
 // of the barrier's expected count (noinc), so a barrier fed this way expects one per thread.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Starts to bring the 128 bytes at `address` into L2.
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Four 8 x 8 matrices of 16-bit elements from the accumulator layout (a word holds two neighbours
+// of a row) to rows of 16 bytes: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrix(uint32_t row, const uint32_t (&words)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
 }
 
 // Orders earlier generic writes to shared memory (cp.async's included, once observed through a

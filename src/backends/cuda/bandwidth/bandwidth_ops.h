@@ -13,8 +13,6 @@ void router_backward(const RouterBackwardArgs& args, const Context& context);
 
 int64_t plan_scratch_bytes(int64_t num_slots, int64_t num_experts, const Context& context);
 void build_plan(const PlanArgs& args, const Context& context);
-// Once per device, before any capture: grants the plan kernels their shared memory.
-void prepare_plan_kernels();
 
 void combine(const CombineArgs& args, const Context& context);
 void scale_rows(const ScaleRowsArgs& args, const Context& context);

@@ -7,6 +7,7 @@
 //   counters (E, chunks)  slots of each expert in each chunk; after the scan, in earlier chunks
 //   totals   (E)          slots of each expert
 #include <algorithm>
+#include <string>
 
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/bandwidth/team.cuh"
@@ -18,20 +19,21 @@ namespace {
 // A chunk is one block of kWarps warps, each ranking kSlotsPerWarp slots with its own counter per
 // expert in shared memory. Past 1024 experts the counters of eight warps no longer fit beside
 // another block, so fewer warps take more slots each.
-template <int kWarpCount, int kWarpSlots, int kExpertLimit>
+template <int kWarpCount, int kWarpSlots>
 struct Chunking {
   static constexpr int kWarps = kWarpCount;
   static constexpr int kThreads = kWarpCount * 32;
   static constexpr int kSlotsPerWarp = kWarpSlots;
   static constexpr int kSlots = kWarpCount * kWarpSlots;
-  static constexpr int kMaxExperts = kExpertLimit;
 };
-using FewExperts = Chunking<8, 128, 1024>;
-using ManyExperts = Chunking<2, 1024, static_cast<int>(kMaxExperts)>;
+using FewExperts = Chunking<8, 128>;
+using ManyExperts = Chunking<2, 1024>;
+constexpr int64_t kFewExperts = 1024;
+constexpr size_t kPlainSharedBytes = 48 * 1024;
 
 int64_t chunks_of(int64_t num_slots, int64_t num_experts) {
   const int64_t slots =
-      num_experts <= FewExperts::kMaxExperts ? FewExperts::kSlots : ManyExperts::kSlots;
+      num_experts <= kFewExperts ? FewExperts::kSlots : ManyExperts::kSlots;
   return std::max<int64_t>(1, ceil_div(num_slots, slots));
 }
 
@@ -231,24 +233,21 @@ void launch(const PlanParams& params, cudaStream_t stream) {
   const auto scan_blocks = static_cast<unsigned>(ceil_div(params.num_experts, 8));
   plan_scan_kernel<<<scan_blocks, 256, 0, stream>>>(params);
   check_launch("plan_scan_kernel");
+  // Above 48 KB a launch needs the kernel's leave, which is a host-side setting: no launch, no
+  // synchronisation, allowed while a graph is captured.
+  if (scatter_bytes > kPlainSharedBytes) {
+    check("cudaFuncSetAttribute(plan_scatter_kernel)",
+          cudaFuncSetAttribute(plan_scatter_kernel<Chunk, Id>,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(scatter_bytes)));
+  }
   plan_scatter_kernel<Chunk, Id><<<blocks, Chunk::kThreads, scatter_bytes, stream>>>(params);
   check_launch("plan_scatter_kernel");
 }
 
-// More than 48 KB of shared memory is granted per kernel and device, not per launch, so this is
-// done when the backend is first asked whether it can run, never inside a captured region.
-template <typename Chunk, typename Id>
-void allow_shared_memory() {
-  constexpr int kBytes =
-      Chunk::kMaxExperts * (1 + Chunk::kWarps) * static_cast<int>(sizeof(int32_t));
-  check("cudaFuncSetAttribute(plan_scatter_kernel)",
-        cudaFuncSetAttribute(plan_scatter_kernel<Chunk, Id>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-}
-
 template <typename Id>
 void launch_for_ids(const PlanParams& params, cudaStream_t stream) {
-  if (params.num_experts <= FewExperts::kMaxExperts) {
+  if (params.num_experts <= kFewExperts) {
     launch<FewExperts, Id>(params, stream);
   } else {
     launch<ManyExperts, Id>(params, stream);
@@ -262,17 +261,17 @@ T* data_or_null(const TensorView& view) {
 
 }  // namespace
 
-void prepare_plan_kernels() {
-  allow_shared_memory<ManyExperts, int32_t>();
-  allow_shared_memory<ManyExperts, int64_t>();
-}
-
 int64_t plan_scratch_bytes(int64_t num_slots, int64_t num_experts, const Context&) {
   return num_experts * (chunks_of(num_slots, num_experts) + 1) *
          static_cast<int64_t>(sizeof(int32_t));
 }
 
 void build_plan(const PlanArgs& args, const Context& context) {
+  if (args.plan.num_experts() > kMaxExperts) {
+    throw Error(ErrorCode::unsupported,
+                {"num_experts on the GPU", std::to_string(args.plan.num_experts()),
+                 "at most " + std::to_string(kMaxExperts), "Use fewer experts, or the CPU."});
+  }
   check_clean_device("build_plan");
   const Routing& routing = args.routing;
   const RoutingPlan& plan = args.plan;

@@ -6,6 +6,7 @@
 // order-preserving keys, so that one integer maximum and one minimum choose the next expert: the
 // largest logit, ties to the lower id, NaN below every number. The choice is exact in fp32: no
 // mantissa bits are given up to carry the id.
+#include <string>
 #include <type_traits>
 
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(Team::kSize* Team::kTeamsPerBlock)
   const float shift = logit_of(team.max(top));
 
   float denominator = 0.0f;
-  if (params.kind == RouterKind::topk_softmax) {
+  if (params.kind != RouterKind::softmax_topk) {
 #pragma unroll
     for (int i = 0; i < kPerMember; ++i) {
       if (keys[i] != kTakenKey) denominator += expf(logit_of(keys[i]) - shift);
@@ -112,7 +113,11 @@ __global__ void __launch_bounds__(Team::kSize* Team::kTeamsPerBlock)
     }
     chosen_sum += weights[held];
   }
-  if (params.kind != RouterKind::topk_softmax) denominator = team.sum(chosen_sum);
+  // Normalised scores are those of the chosen alone, but a NaN anywhere spoils them all.
+  if (params.kind != RouterKind::topk_softmax) {
+    chosen_sum = team.sum(chosen_sum);
+    if (!isnan(denominator)) denominator = chosen_sum;
+  }
 #pragma unroll
   for (int held = 0; held < Choices<Team>::kHeld; ++held) {
     const int k = team.rank() + held * Team::kSize;
@@ -186,6 +191,14 @@ void launch_forward(const RouterParams& params, cudaStream_t stream) {
 }  // namespace
 
 void router_forward(const RouterForwardArgs& args, const Context& context) {
+  if (args.logits.size(1) > kMaxExperts || args.scores.size(1) > kMaxTopK) {
+    throw Error(ErrorCode::unsupported,
+                {"routing on the GPU",
+                 "num_experts " + std::to_string(args.logits.size(1)) + " and top_k " +
+                     std::to_string(args.scores.size(1)),
+                 "at most " + std::to_string(kMaxExperts) + " and " + std::to_string(kMaxTopK),
+                 "Route on the CPU, or bring ids and scores of your own."});
+  }
   check_clean_device("router_forward");
   RouterParams params;
   params.kind = args.kind;

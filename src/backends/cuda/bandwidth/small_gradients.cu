@@ -48,10 +48,33 @@ __device__ float bias_dot(const ScoreGradientParams& params, int64_t token, int6
   return warp_sum(dot);
 }
 
-// One warp a row; blockIdx.y is the expert.
-template <typename T>
+__device__ float sum_of_partials(const ScoreGradientParams& params, int64_t row) {
+  float sum = 0.0f;
+  for (int p = 0; p < params.num_partials; ++p) {
+    sum += params.partials[row * params.partials_stride + p];
+  }
+  return sum;
+}
+
+__device__ int64_t slot_of(const ScoreGradientParams& params, int64_t row) {
+  return params.row_to_slot == nullptr ? row : params.row_to_slot[row];
+}
+
+// One thread a row; blockIdx.y is the expert.
 __global__ void __launch_bounds__(kThreads)
     score_gradient_kernel(const ScoreGradientParams params) {
+  const int64_t first = params.expert_offsets[blockIdx.y];
+  const int64_t count = params.expert_counts[blockIdx.y];
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    params.dscores[slot_of(params, first + i)] = sum_of_partials(params, first + i);
+  }
+}
+
+// The same with <dO, b2>: one warp a row.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    score_gradient_bias_kernel(const ScoreGradientParams params) {
   const int64_t first = params.expert_offsets[blockIdx.y];
   const int64_t count = params.expert_counts[blockIdx.y];
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
@@ -59,13 +82,8 @@ __global__ void __launch_bounds__(kThreads)
        i += step) {
     const int64_t row = first + i;
     const int64_t token = params.row_to_token == nullptr ? row : params.row_to_token[row];
-    const int64_t slot = params.row_to_slot == nullptr ? row : params.row_to_slot[row];
-    float sum = 0.0f;
-    for (int p = 0; p < params.num_partials; ++p) {
-      sum += params.partials[row * params.partials_stride + p];
-    }
-    if (params.b2 != nullptr) sum += bias_dot<T>(params, token, blockIdx.y);
-    if (threadIdx.x % 32 == 0) params.dscores[slot] = sum;
+    const float sum = sum_of_partials(params, row) + bias_dot<T>(params, token, blockIdx.y);
+    if (threadIdx.x % 32 == 0) params.dscores[slot_of(params, row)] = sum;
   }
 }
 
@@ -143,10 +161,10 @@ __global__ void __launch_bounds__(kThreads) bias_gradient_kernel(const BiasGradi
   }
 }
 
-unsigned blocks_per_expert(int64_t row_capacity, int64_t num_experts) {
-  // Enough blocks for a load four times the mean before one block takes a second round.
-  const int64_t rows = ceil_div(4 * row_capacity, num_experts);
-  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(rows, kThreads / 32), 1, 4096));
+// Enough blocks for a load four times the mean before one block takes a second round.
+unsigned blocks_per_expert(const RowGroups& rows, int64_t rows_per_block) {
+  const int64_t most = ceil_div(4 * rows.row_capacity, rows.num_experts());
+  return static_cast<unsigned>(std::clamp<int64_t>(ceil_div(most, rows_per_block), 1, 4096));
 }
 
 }  // namespace
@@ -175,13 +193,17 @@ void score_gradient(const ScoreGradientArgs& args, const Context& context) {
   params.row_to_token = args.rows.row_to_token.as<int32_t>();
   params.row_to_slot = args.rows.row_to_slot.as<int32_t>();
   params.dscores = args.dscores.as<float>();
-  const int64_t num_experts = args.rows.num_experts();
-  const dim3 grid(blocks_per_expert(args.rows.row_capacity, num_experts),
-                  static_cast<unsigned>(num_experts));
-  visit_storage(args.d_output.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    score_gradient_kernel<T><<<grid, kThreads, 0, stream>>>(params);
-  });
+  const auto num_experts = static_cast<unsigned>(args.rows.num_experts());
+  if (params.b2 == nullptr) {
+    const dim3 grid(blocks_per_expert(args.rows, kThreads), num_experts);
+    score_gradient_kernel<<<grid, kThreads, 0, stream>>>(params);
+  } else {
+    const dim3 grid(blocks_per_expert(args.rows, kThreads / 32), num_experts);
+    visit_storage(args.d_output.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      score_gradient_bias_kernel<T><<<grid, kThreads, 0, stream>>>(params);
+    });
+  }
   check_launch("score_gradient_kernel");
 }
 

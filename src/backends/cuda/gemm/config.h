@@ -18,7 +18,10 @@ namespace penstock::cuda {
 inline constexpr int32_t kWideTileN = 256;
 inline constexpr int32_t kDownBackwardTileN = 128;
 inline constexpr int32_t kLogitsTileN = 128;
-inline constexpr int32_t kGradientTileM = 128;
+inline constexpr int32_t kStoreTileN = 128;
+// Of a weight gradient's tile: the side that is gathered, and the other.
+inline constexpr int32_t kGatheredTile = 128;
+inline constexpr int32_t kDirectTile = 256;
 
 // Token rows of a tile: 64 or 128. Rows are known on the host only as a capacity, so the expected
 // load of an expert decides, with a margin of two standard deviations of a random routing.

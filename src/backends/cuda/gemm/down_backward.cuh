@@ -16,7 +16,8 @@ struct DownBackwardLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor>;
+    using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor,
+                          RowCrew<kTileM, Turns::alternating>>;
     using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
     launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
   }

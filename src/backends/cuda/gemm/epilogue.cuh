@@ -11,6 +11,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backends/cuda/arch/copy.cuh"
 #include "backends/cuda/gemm/schedule.cuh"
 #include "backends/cuda/gemm/tile.cuh"
 
@@ -74,6 +75,17 @@ struct Lane {
   static __device__ int column() { return id() % 4 * 2; }
 };
 
+// Two neighbouring elements as one word.
+template <typename Element>
+__device__ __forceinline__ uint32_t pack_word(float low, float high) {
+  const auto pair = Pair<Element>::pack(low, high);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+template <typename Element>
+__device__ __forceinline__ float2 unpack_word(uint32_t word) {
+  return Pair<Element>::unpack(reinterpret_cast<const typename Pair<Element>::Type&>(word));
+}
+
 // 16 rows x 128 bytes of `Element` in shared memory.
 template <typename Element>
 struct Piece {
@@ -93,6 +105,30 @@ struct Piece {
   __device__ void put(int group, float4 v) const {
     pair(group, 0) = Pair<Element>::pack(v.x, v.y);
     pair(group, 1) = Pair<Element>::pack(v.z, v.w);
+  }
+
+  // Packed pairs of two neighbouring groups: (group, upper), (group, lower), then the next group's.
+  // One stmatrix in place of four 4-byte stores.
+  struct Packed {
+    uint32_t at[4];
+  };
+  __device__ void put_two(int group, const Packed& packed) const {
+    static_assert(sizeof(Element) == 2, "stmatrix moves 16-bit elements");
+    const int lane = Lane::id();
+    arch::store_matrix(
+        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
+        packed.at);
+  }
+  __device__ void put_two(int group, float4 first, float4 second) const {
+    if constexpr (sizeof(Element) == 2) {
+      put_two(
+          group,
+          Packed{{pack_word<Element>(first.x, first.y), pack_word<Element>(first.z, first.w),
+                  pack_word<Element>(second.x, second.y), pack_word<Element>(second.z, second.w)}});
+    } else {
+      put(group, first);
+      put(group + 1, second);
+    }
   }
 
   // Calls `access(shared 16 bytes, row, column)` for each 16 bytes whose row and column exist, a
@@ -119,32 +155,6 @@ struct Piece {
     });
     __syncwarp();
   }
-
-  // The lane's four vectors of a piece, taken from global memory: all of them in flight at once.
-  struct Vectors {
-    uint4 at[4];
-  };
-  static __device__ __forceinline__ Vectors load(const Element* source, int64_t stride, int rows,
-                                                 int columns) {
-    Vectors vectors;
-    const int column = Lane::id() % 8 * kVector;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + Lane::id() / 8;
-      vectors.at[i] = make_uint4(0, 0, 0, 0);
-      if (row < rows && column < columns) {
-        vectors.at[i] = *reinterpret_cast<const uint4*>(source + row * stride + column);
-      }
-    }
-    return vectors;
-  }
-  __device__ __forceinline__ void put(const Vectors& vectors) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(base + (i * 4 + Lane::id() / 8) * kPieceStride +
-                                Lane::id() % 8 * 16) = vectors.at[i];
-    }
-  }
 };
 
 // The bias of two neighbouring columns, zeros without one or past the end.
@@ -156,8 +166,33 @@ __device__ __forceinline__ float2 bias_pair(const Bias& bias, int32_t expert, in
   return {to_float(values[column * bias.stride]), to_float(values[(column + 1) * bias.stride])};
 }
 
-__device__ __forceinline__ float4 with_bias(float4 v, float2 bias) {
-  return {v.x + bias.x, v.y + bias.y, v.z + bias.x, v.w + bias.y};
+// Adds the bias of `kGroups` groups of 8 columns from `column` on to the accumulators of `sums`
+// from group `first` on. Rare, so it is a pass of its own and costs the others one branch a tile.
+template <typename Element, int kGroups, int kCount>
+__device__ __forceinline__ void add_bias(float (&sums)[kCount], int first, const Bias& bias,
+                                         int32_t expert, int column, int extent) {
+  if (bias.data == nullptr) return;
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const float2 b = bias_pair<Element>(bias, expert, column + group * 8 + Lane::column(), extent);
+    const int at = 4 * (first + group);
+    sums[at] += b.x;
+    sums[at + 1] += b.y;
+    sums[at + 2] += b.x;
+    sums[at + 3] += b.y;
+  }
+}
+
+// Groups `group` and the next, rounded.
+template <typename Element, int kCount>
+__device__ __forceinline__ typename Piece<Element>::Packed packed_groups(
+    const float (&sums)[kCount], int group) {
+  typename Piece<Element>::Packed packed;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    packed.at[i] = pack_word<Element>(sums[4 * group + 2 * i], sums[4 * group + 2 * i + 1]);
+  }
+  return packed;
 }
 
 // The four accumulators of group `group` of 8 columns.

@@ -25,16 +25,38 @@ struct StoreEpilogue {
     int32_t columns;
   };
 
+  using Early = NoPrefetch;
+
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
 
   static __device__ void run(const Params& params, const Work& work,
                              float (&sums)[TileType::kAccumulators], const NoPrefetch&,
                              const WarpPlace& place) {
     const int rows = work.rows - place.row;
     if (rows <= 0) return;
+    if (params.scale == nullptr && params.bias.data == nullptr) {
+      store_tile(params, work, rows, place, [&](int group) { return group_of(sums, group); });
+      return;
+    }
+    // Rare, so apart: the common path pays one branch. Values are new ones, because accumulators
+    // that anything but wgmma writes would make ptxas serialise the next tile's products.
     const float scale = params.scale == nullptr ? 1.0f : *params.scale;
+    store_tile(params, work, rows, place, [&](int group) {
+      const float4 v = group_of(sums, group);
+      const float2 bias = bias_pair<Element>(params.bias, work.expert,
+                                             work.n + group * 8 + Lane::column(), params.columns);
+      return make_float4(fmaf(v.x, scale, bias.x), fmaf(v.y, scale, bias.y),
+                         fmaf(v.z, scale, bias.x), fmaf(v.w, scale, bias.y));
+    });
+  }
+
+ private:
+  template <typename ValueOf>
+  static __device__ __forceinline__ void store_tile(const Params& params, const Work& work,
+                                                    int rows, const WarpPlace& place,
+                                                    ValueOf value_of) {
     const Piece<Out> piece{place.staging};
     Out* out =
         static_cast<Out*>(params.out.data) + (work.row_begin + place.row) * params.out.stride;
@@ -43,18 +65,13 @@ struct StoreEpilogue {
       const int column = work.n + first;
       if (column >= params.columns) break;
 #pragma unroll
-      for (int group = 0; group < Piece<Out>::kGroups; ++group) {
-        float4 v = group_of(sums, first / 8 + group);
-        v = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
-        piece.put(group, with_bias(v, bias_pair<Element>(params.bias, work.expert,
-                                                         column + group * 8 + Lane::column(),
-                                                         params.columns)));
+      for (int group = 0; group < Piece<Out>::kGroups; group += 2) {
+        piece.put_two(group, value_of(first / 8 + group), value_of(first / 8 + group + 1));
       }
       store(piece, out + column, params.out.stride, rows, params.columns - column);
     }
   }
 
- private:
   static __device__ void store(const Piece<Out>& piece, Out* out, int64_t stride, int rows,
                                int columns) {
     if constexpr (kAlignment == RowAlignment::vector) {

@@ -33,9 +33,11 @@ struct UpEpilogue {
   static constexpr int kUpGroups = kColumns / 8;           // where the up half starts
   using Sums = float[TileType::kAccumulators];
 
+  using Early = NoPrefetch;
+
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
 
   static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
                              const WarpPlace& place) {
@@ -52,8 +54,8 @@ struct UpEpilogue {
         const int column = work.n + first;
         if (column >= params.columns) break;
 #pragma unroll
-        for (int group = 0; group < 8; ++group) {
-          piece.put(group, value_of(function, params.activation, sums, first / 8 + group));
+        for (int group = 0; group < 8; group += 2) {
+          piece.put_two(group, activated(function, params.activation, sums, first / 8 + group));
         }
         piece.store(a + column, params.a.stride, rows, params.columns - column);
       }
@@ -74,27 +76,23 @@ struct UpEpilogue {
   static __device__ void round_and_store(const Params& params, const Work& work, Sums& sums,
                                          const WarpPlace& place, int half) {
     const Piece<Element> piece{place.staging};
+    add_bias<Element, kColumns / 8>(sums, half * kUpGroups, params.bias[half], work.expert, work.n,
+                                    params.columns);
 #pragma unroll
     for (int first = 0; first < kColumns; first += 64) {
       const int column = work.n + first;
       if (column >= params.columns) break;
 #pragma unroll
-      for (int group = 0; group < 8; ++group) {
+      for (int group = 0; group < 8; group += 2) {
         const int at = half * kUpGroups + first / 8 + group;
-        const float4 v =
-            with_bias(group_of(sums, at),
-                      bias_pair<Element>(params.bias[half], work.expert,
-                                         column + group * 8 + Lane::column(), params.columns));
-        const auto upper = Pair<Element>::pack(v.x, v.y);
-        const auto lower = Pair<Element>::pack(v.z, v.w);
-        piece.pair(group, 0) = upper;
-        piece.pair(group, 1) = lower;
-        const float2 rounded_upper = Pair<Element>::unpack(upper);
-        const float2 rounded_lower = Pair<Element>::unpack(lower);
-        sums[4 * at] = rounded_upper.x;
-        sums[4 * at + 1] = rounded_upper.y;
-        sums[4 * at + 2] = rounded_lower.x;
-        sums[4 * at + 3] = rounded_lower.y;
+        const auto packed = packed_groups<Element>(sums, at);
+        piece.put_two(group, packed);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 rounded = unpack_word<Element>(packed.at[i]);
+          sums[4 * at + 2 * i] = rounded.x;
+          sums[4 * at + 2 * i + 1] = rounded.y;
+        }
       }
       if (params.h.data != nullptr) {
         piece.store(row(params.h, work, place) + half * params.columns + column, params.h.stride,
@@ -103,18 +101,25 @@ struct UpEpilogue {
     }
   }
 
+  // A of groups `group` and the next.
   template <typename Function>
-  static __device__ float4 value_of(Function, const ActivationParams& activation, const Sums& sums,
-                                    int group) {
-    const float4 g = group_of(sums, group);
-    if constexpr (kGating == Gating::gated) {
-      const float4 u = group_of(sums, kUpGroups + group);
-      return {Function::at(g.x, u.x, activation).value, Function::at(g.y, u.y, activation).value,
-              Function::at(g.z, u.z, activation).value, Function::at(g.w, u.w, activation).value};
-    } else {
-      return {Function::at(g.x).value, Function::at(g.y).value, Function::at(g.z).value,
-              Function::at(g.w).value};
+  static __device__ __forceinline__ typename Piece<Element>::Packed activated(
+      Function, const ActivationParams& activation, const Sums& sums, int group) {
+    typename Piece<Element>::Packed packed;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 4 * group + 2 * i;
+      if constexpr (kGating == Gating::gated) {
+        const int up = at + 4 * kUpGroups;
+        packed.at[i] =
+            pack_word<Element>(Function::at(sums[at], sums[up], activation).value,
+                               Function::at(sums[at + 1], sums[up + 1], activation).value);
+      } else {
+        packed.at[i] =
+            pack_word<Element>(Function::at(sums[at]).value, Function::at(sums[at + 1]).value);
+      }
     }
+    return packed;
   }
 };
 

@@ -36,19 +36,23 @@ struct WeightGradientEpilogue {
   static constexpr int kWarpStagingBytes = kPieceBytes;
   using Sums = float[TileType::kAccumulators];
 
+  using Early = NoPrefetch;
+
   static __device__ int rows_of(const Params& params, const Work& work) {
     return params.rows - work.m;
   }
 
-  static __device__ NoPrefetch prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
+  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
 
   static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
                              const WarpPlace& place) {
     if (params.rows - work.m <= place.row) return;
     if (params.type == GradientType::fp32) {
       store<float>(params, work, sums, place);
-    } else {
+    } else if (params.accumulate == Accumulate::yes) {
       store<Element>(params, work, sums, place);
+    } else {
+      store_rounded(params, work, sums, place);
     }
   }
 
@@ -81,6 +85,24 @@ struct WeightGradientEpilogue {
       for (int column = Lane::id() * kVector; column < columns; column += 32 * kVector) {
         *reinterpret_cast<uint4*>(out + row * stride + column) = make_uint4(0, 0, 0, 0);
       }
+    }
+  }
+
+  // Nothing to add: rounded first, so that half the bytes are staged.
+  static __device__ void store_rounded(const Params& params, const Work& work, const Sums& sums,
+                                       const WarpPlace& place) {
+    const int64_t stride = params.out[work.m_half + work.n_half].stride;
+    Element* out = first_row<Element>(params, work, place);
+    const Piece<Element> piece{place.staging};
+#pragma unroll
+    for (int first = 0; first < TileType::kN; first += 64) {
+      const int column = work.n + first;
+      if (column >= params.columns) break;
+#pragma unroll
+      for (int group = 0; group < 8; group += 2) {
+        piece.put_two(group, packed_groups<Element>(sums, first / 8 + group));
+      }
+      piece.store(out + column, stride, params.rows - work.m - place.row, params.columns - column);
     }
   }
 

@@ -32,6 +32,13 @@ std::string why_not_products_dtype(DType dtype) {
   return "dtype " + std::string(name_of(dtype)) + " (it runs bfloat16 and float16)";
 }
 
+std::string why_not_router_dtype(DType dtype) {
+  if (dtype == DType::float32) return {};
+  if (why_not_products_dtype(dtype).empty()) return {};
+  return "dtype " + std::string(name_of(dtype)) +
+         " (its router runs bfloat16, float16 and float32)";
+}
+
 // Every expert product works in registers and shared memory alone.
 int64_t products_scratch_bytes(const ExpertsProblem&) { return 0; }
 
@@ -64,10 +71,12 @@ void launch_weight_gradient(const WeightGradientArgs& args, const Context& conte
 }
 
 void launch_router_logits(const RouterLogitsArgs& args, const Context& context) {
+  if (args.x.dtype == DType::float32) return router_logits<float>(args, context);
   by_dtype(args.x.dtype, router_logits<__nv_bfloat16>, router_logits<__half>, args, context);
 }
 
 void launch_router_logits_backward(const RouterLogitsBackwardArgs& args, const Context& context) {
+  if (args.x.dtype == DType::float32) return router_logits_backward<float>(args, context);
   by_dtype(args.x.dtype, router_logits_backward<__nv_bfloat16>, router_logits_backward<__half>,
            args, context);
 }

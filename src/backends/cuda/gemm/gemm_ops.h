@@ -17,6 +17,8 @@ namespace penstock::cuda {
 // Empty if every product of the problem can run here, otherwise the reason by name.
 std::string why_not_products(const ExpertsProblem& problem);
 std::string why_not_products_dtype(DType dtype);
+// The same for the router's operations: x and its weight, or fp32 logits.
+std::string why_not_router_dtype(DType dtype);
 
 // Scratch that one of the expert products needs, and that the router's products need.
 int64_t products_scratch_bytes(const ExpertsProblem& problem);

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The one kernel of all grouped products: persistent, one producer warpgroup and one consumer
-// warpgroup per 64 rows of the tile. A product is four types: Tile, Schedule, Producer, Epilogue.
+// The one kernel of all grouped products: persistent, one producer warpgroup and one or two
+// consumer warpgroups. A product is four types: Tile, Schedule, Producer, Epilogue.
 //
 // Every CTA walks its own list of tiles (Schedule); the producer runs ahead through the ring of
 // stages, across tile boundaries; consumers start what the epilogue will need from
 // memory, multiply, then run the epilogue on their own rows.
 #pragma once
 
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/gemm/epilogue.cuh"
 #include "backends/cuda/gemm/multiply.cuh"
 
@@ -47,32 +48,69 @@ __device__ __forceinline__ void produce(const typename G::Params& params,
   G::Producer::run(params.operands, schedule, ring);
 }
 
+// One consumer warp's share of a kernel: which tiles and which rows of them are its own.
+struct Consumer {
+  int group;  // warpgroup
+  int warp;   // inside it
+  uint8_t* staging;
+};
+
+// The products of one tile and its epilogue, block by block.
+template <typename G>
+__device__ __forceinline__ void consume_tile(const typename G::Params& params,
+                                             const typename G::RingType& ring,
+                                             typename G::RingType::State& state, const Work& work,
+                                             const Consumer& self) {
+  using TileType = typename G::Tile;
+  using Epilogue = typename G::Epilogue;
+  using Main = Multiply<TileType, G::Producer::kFill, typename G::RingType>;
+  const int first_block = TileType::kTurns == Turns::together ? self.group * TileType::kBlocks : 0;
+  const int rows = Epilogue::rows_of(params.epilogue, work) - first_block * 64;
+  if (rows <= 0) return Main::skip(ring, state, self.group, work.k_tiles);
+  const auto place = [&](int block) {
+    return WarpPlace{self.staging, (first_block + block) * 64 + self.warp * 16};
+  };
+  if constexpr (G::Schedule::kMayBeEmpty) {
+    if (work.k_tiles == 0) {
+      for (int block = 0; block < TileType::kBlocks; ++block) {
+        Epilogue::run_empty(params.epilogue, work, place(block));
+      }
+      return;
+    }
+  }
+  typename Main::Sums sums;
+  typename Epilogue::Early early[TileType::kBlocks];
+#pragma unroll
+  for (int block = 0; block < TileType::kBlocks; ++block) {
+    early[block] = Epilogue::prefetch(params.epilogue, work, place(block));
+  }
+  if (TileType::kBlocks == 1 || rows <= 64) {
+    Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
+  } else {
+    Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles);
+  }
+#pragma unroll
+  for (int block = 0; block < TileType::kBlocks; ++block) {
+    if (block * 64 >= rows) break;
+    Epilogue::run(params.epilogue, work, sums[block], early[block], place(block));
+  }
+}
+
 template <typename G>
 __device__ __forceinline__ void consume(const typename G::Params& params,
                                         const typename G::RingType& ring, uint8_t* staging) {
-  using Main = Multiply<typename G::Tile, G::Producer::kFill, typename G::RingType>;
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 - 4, 0);
-  const int consumer = warp / 4;
-  uint8_t* warp_staging = staging + warp * G::Epilogue::kWarpStagingBytes;
+  const Consumer self = {warp / 4, warp % 4, staging + warp * G::Epilogue::kWarpStagingBytes};
   typename G::Schedule schedule(params.schedule);
   typename G::RingType::State state;
   Work work;
-  float sums[G::Tile::kAccumulators];
-  while (schedule.next(work)) {
-    if (G::Epilogue::rows_of(params.epilogue, work) <= consumer * 64) {
-      Main::skip(ring, state, work.k_tiles);
-      continue;
+  Turn<G::Tile::kTurns>::begin(self.group);
+  for (int turn = 0; schedule.next(work); turn ^= 1) {
+    if (G::Tile::kTurns == Turns::alternating && turn != self.group) {
+      state.advance(work.k_tiles);
+    } else {
+      consume_tile<G>(params, ring, state, work, self);
     }
-    if constexpr (G::Schedule::kMayBeEmpty) {
-      if (work.k_tiles == 0) {
-        G::Epilogue::run_empty(params.epilogue, work, {warp_staging, warp * 16});
-        continue;
-      }
-    }
-    const WarpPlace place{warp_staging, warp * 16};
-    const auto early = G::Epilogue::prefetch(params.epilogue, work, place);
-    Main::run(sums, ring, state, consumer, work.k_tiles);
-    G::Epilogue::run(params.epilogue, work, sums, early, place);
   }
 }
 
@@ -88,19 +126,24 @@ __global__ void __launch_bounds__(G::Tile::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < G::kStages; ++stage) {
       arch::barrier_init(ring.full(stage), G::Producer::kArrivals);
-      arch::barrier_init(ring.empty(stage), G::Tile::kConsumerWarps);
+      arch::barrier_init(ring.empty(stage), G::Tile::kReleases);
     }
     arch::fence_barrier_init();
   }
+  // No CTA copies into a neighbour, or arrives there, before its barriers exist or after its end.
+  if constexpr (G::Tile::kCluster > 1) arch::cluster_sync();
   __syncthreads();
+  arch::wait_for_earlier_launches();
   // One consumer warpgroup leaves every thread 255 registers: nothing to move then.
   if (threadIdx.x < kWarpgroup) {
     if constexpr (G::Tile::kConsumers > 1) arch::registers_decrease<G::Producer::kRegisters>();
     produce<G>(params, ring);
+    arch::let_later_launches_start();
   } else {
     if constexpr (G::Tile::kConsumers > 1) arch::registers_increase<G::kConsumerRegisters>();
     consume<G>(params, ring, staging);
   }
+  if constexpr (G::Tile::kCluster > 1) arch::cluster_sync();
 }
 
 }  // namespace penstock::cuda

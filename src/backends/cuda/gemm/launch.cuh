@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <string>
+#include <type_traits>
 
 #include "backend/ops.h"
 #include "backends/cuda/gemm/activation.cuh"
@@ -48,14 +49,26 @@ template <typename G>
 void launch(const char* name, const typename G::Params& params, int64_t tiles,
             const Context& context) {
   if (tiles == 0) return;
+  constexpr int64_t kCluster = G::Tile::kCluster;
   const auto kernel = grouped_gemm<G>;
   require_success(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes),
       name);
-  const auto grid = static_cast<unsigned>(std::min(tiles, multiprocessors(context)));
-  kernel<<<grid, G::Tile::kThreads, G::kSharedBytes, static_cast<cudaStream_t>(context.stream)>>>(
-      params);
-  require_success(cudaGetLastError(), name);
+  const int64_t most = std::max(multiprocessors(context) / kCluster, int64_t{1});
+  const int64_t clusters = std::min((tiles + kCluster - 1) / kCluster, most);
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(kCluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
+  config.blockDim = dim3(G::Tile::kThreads);
+  config.dynamicSmemBytes = G::kSharedBytes;
+  config.stream = static_cast<cudaStream_t>(context.stream);
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  require_success(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 
 inline Groups groups_of(const RowGroups& rows) {
@@ -113,7 +126,7 @@ struct WeightOperand {
         {what, base, dtype, {n_extent, k_extent, num_experts}, {k_stride, outer}, {64, kTileK, 1}});
   }
 
-  // `columns` of one half make the tile's rows of B.
+  // `columns` of one half are what one copy brings.
   WeightMaps maps(int32_t columns) const { return {{map(0, columns), map(1, columns)}}; }
 };
 
@@ -133,7 +146,7 @@ template <typename TileType>
 RowOperands row_operands(const RowOperand& a, const WeightOperand& b, int32_t columns) {
   require_vectors(a.what, a.data, {a.row_stride});
   RowOperands operands = {};
-  operands.weights = b.maps(columns);
+  operands.weights = b.maps(columns / TileType::kCluster);
   operands.rows = make_tensor_map({a.what,
                                    a.data,
                                    b.dtype,
@@ -184,8 +197,13 @@ void with_row_tile(const RowProblem& problem, const Launcher& launcher) {
                            : launcher.template run<128, Major::mn>();
 }
 
+// The crew of row tiles of kTileM: 64 rows are one warpgroup's, and too few to share weights over.
+template <int kTileM, Turns kTurns>
+using RowCrew = std::conditional_t<kTileM == 64, Crew<Turns::together, 1>, Crew<kTurns, 2>>;
+
 template <typename TileType, int kHalvesN, template <typename, int> class Producer,
           typename Epilogue>
-using RowGemm = Gemm<TileType, RowSchedule<TileType::kM>, Producer<TileType, kHalvesN>, Epilogue>;
+using RowGemm = Gemm<TileType, RowSchedule<TileType::kM, TileType::kCluster>,
+                     Producer<TileType, kHalvesN>, Epilogue>;
 
 }  // namespace penstock::cuda

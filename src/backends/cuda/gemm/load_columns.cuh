@@ -109,9 +109,16 @@ struct GatheredColumns {
   static __device__ void copy_block_rows(const Target& target, int32_t row, uint32_t destination,
                                          uint32_t barrier) {
 #pragma unroll
-    for (int block = 0; block < kDirectBlocks; ++block) {
-      arch::tma_load(destination + block * kBlockBytes, &target.side->map, barrier,
-                     {target.column + block * 64, target.half, row});
+    for (int block = 0; block < kDirectBlocks / TileType::kCluster; ++block) {
+      if constexpr (TileType::kCluster == 1) {
+        arch::tma_load(destination + block * kBlockBytes, &target.side->map, barrier,
+                       {target.column + block * 64, target.half, row});
+      } else {
+        // The neighbour's tile lies along the gathered side: it needs the same columns of this one.
+        const int own = block + static_cast<int>(blockIdx.x % 2) * (kDirectBlocks / 2);
+        arch::tma_load_multicast(destination + own * kBlockBytes, &target.side->map, barrier,
+                                 {target.column + own * 64, target.half, row}, uint16_t{3});
+      }
     }
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The consumer warpgroup's main loop: 64 x kN accumulators from k_tiles stages of the ring.
+// The consumer warpgroup's main loop: blocks of 64 x kN accumulators from k_tiles stages of the
+// ring.
 //
 // One stage's wgmmas stay in flight while the next is issued; a stage is handed back, one arrival
 // per warp, once the wgmmas that read it are done. A warpgroup whose rows do not exist only keeps
@@ -12,39 +13,72 @@
 
 namespace penstock::cuda {
 
+// Whose turn it is to multiply, where warpgroups alternate: stages are told apart by the parity of
+// one barrier, so a warpgroup may not wait for its own before the other has waited for all of its.
+template <Turns kTurns>
+struct Turn {
+  static __device__ void begin(int) {}
+  static __device__ void take(int) {}
+  static __device__ void pass(int) {}
+};
+template <>
+struct Turn<Turns::alternating> {
+  static __device__ void begin(int group) {
+    if (group == 1) pass(group);
+  }
+  static __device__ void take(int group) {
+    arch::named_barrier_sync(kFirstId + group, 2 * kWarpgroup);
+  }
+  static __device__ void pass(int group) {
+    arch::named_barrier_arrive(kFirstId + (group ^ 1), 2 * kWarpgroup);
+  }
+
+ private:
+  static constexpr uint32_t kFirstId = 1;  // 0 is __syncthreads
+};
+
 template <typename TileType, Fill kFill, typename RingType>
 struct Multiply {
   using State = typename RingType::State;
   using Instruction =
       arch::Wgmma<typename TileType::Element, TileType::kN, TileType::kMajorA, TileType::kMajorB>;
+  // By block of 64 rows.
+  using Sums = float[TileType::kBlocks][TileType::kAccumulators];
+  using TurnType = Turn<TileType::kTurns>;
 
-  static __device__ __forceinline__ void run(float (&sums)[TileType::kAccumulators],
-                                             const RingType& ring, State& state, int consumer,
-                                             int k_tiles) {
+  // Sums of the first kLive of the warpgroup's blocks.
+  template <int kLive>
+  static __device__ __forceinline__ void run(Sums& sums, const RingType& ring, State& state,
+                                             int group, int k_tiles) {
+    const int first_block = TileType::kTurns == Turns::together ? group * TileType::kBlocks : 0;
     int previous = 0;
+    TurnType::take(group);
 #pragma unroll 1
     for (int tile = 0; tile < k_tiles; ++tile) {
       wait_full(ring, state);
-      arch::fence_accumulators(sums);
+      fence<kLive>(sums);
       arch::wgmma_fence();
-      issue(sums, ring, state.stage, consumer, tile);
+      issue<kLive>(sums, ring, state.stage, first_block, tile);
       arch::wgmma_commit();
       arch::wgmma_wait<1>();
       if (tile > 0) release(ring, previous);
       previous = state.stage;
       state.advance();
     }
+    TurnType::pass(group);
     arch::wgmma_wait<0>();
-    arch::fence_accumulators(sums);
+    fence<kLive>(sums);
     release(ring, previous);
   }
 
-  static __device__ void skip(const RingType& ring, State& state, int k_tiles) {
+  static __device__ void skip(const RingType& ring, State& state, int group, int k_tiles) {
+    TurnType::take(group);
     for (int tile = 0; tile < k_tiles; ++tile) {
       wait_full(ring, state);
       release(ring, state.stage);
       state.advance();
     }
+    TurnType::pass(group);
   }
 
  private:
@@ -55,20 +89,35 @@ struct Multiply {
 
   static __device__ __forceinline__ void release(const RingType& ring, int stage) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arch::barrier_arrive(ring.empty(stage));
+    const uint32_t lane = threadIdx.x % 32;
+    if constexpr (TileType::kCluster == 1) {
+      if (lane == 0) arch::barrier_arrive(ring.empty(stage));
+    } else {
+      // The neighbour's copies write here too, so it must know as well.
+      if (lane < TileType::kCluster) arch::barrier_arrive_at(ring.empty(stage), lane);
+    }
   }
 
-  static __device__ __forceinline__ void issue(float (&sums)[TileType::kAccumulators],
-                                               const RingType& ring, int stage, int consumer,
-                                               int tile) {
-    const uint64_t a = arch::matrix_descriptor<TileType::kMajorA>(
-        ring.a(stage) + consumer * kBlockBytes, kBlockBytes);
+  template <int kLive>
+  static __device__ __forceinline__ void fence(Sums& sums) {
+#pragma unroll
+    for (int block = 0; block < kLive; ++block) arch::fence_accumulators(sums[block]);
+  }
+
+  template <int kLive>
+  static __device__ __forceinline__ void issue(Sums& sums, const RingType& ring, int stage,
+                                               int first_block, int tile) {
     const uint64_t b = arch::matrix_descriptor<TileType::kMajorB>(ring.b(stage), kBlockBytes);
 #pragma unroll
     for (int step = 0; step < kTileK / 16; ++step) {
-      Instruction::run(sums, {a + step * arch::kDescriptorStepK16<TileType::kMajorA>,
-                              b + step * arch::kDescriptorStepK16<TileType::kMajorB>,
-                              (tile > 0 || step > 0) ? 1 : 0});
+#pragma unroll
+      for (int block = 0; block < kLive; ++block) {
+        const uint64_t a = arch::matrix_descriptor<TileType::kMajorA>(
+            ring.a(stage) + (first_block + block) * kBlockBytes, kBlockBytes);
+        Instruction::run(sums[block], {a + step * arch::kDescriptorStepK16<TileType::kMajorA>,
+                                       b + step * arch::kDescriptorStepK16<TileType::kMajorB>,
+                                       (tile > 0 || step > 0) ? 1 : 0});
+      }
     }
   }
 };

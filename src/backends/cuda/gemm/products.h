@@ -22,5 +22,10 @@ template <typename Element>
 void router_logits(const RouterLogitsArgs& args, const Context& context);
 template <typename Element>
 void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context& context);
+// The router runs in fp32 too.
+template <>
+void router_logits<float>(const RouterLogitsArgs& args, const Context& context);
+template <>
+void router_logits_backward<float>(const RouterLogitsBackwardArgs& args, const Context& context);
 
 }  // namespace penstock::cuda

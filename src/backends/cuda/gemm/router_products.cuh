@@ -24,10 +24,12 @@ struct LogitsLauncher {
   void run() const {
     const bool vectors = logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 &&
                          reinterpret_cast<uintptr_t>(logits.data) % 16 == 0;
+    using TileType =
+        Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor, Crew<Turns::together, 1>>;
     if (vectors) {
-      start<Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor>, RowAlignment::vector>();
+      start<TileType, RowAlignment::vector>();
     } else {
-      start<Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor>, RowAlignment::element>();
+      start<TileType, RowAlignment::element>();
     }
   }
 

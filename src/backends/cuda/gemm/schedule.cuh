@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which tile a CTA computes next. The order is static: CTA b takes tiles b, b + grid, ... of one
-// list that every warp derives from the experts' counts on the device, so nothing is read on the
-// host and nothing depends on timing.
+// Which tile a CTA computes next. The order is static: a cluster of c CTAs takes tiles b .. b + c -
+// 1, then those `grid` further on, of one list that every warp derives from the experts' counts on
+// the device, so nothing is read on the host and nothing depends on timing.
 //
 // RowSchedule (token rows are the tile's rows): expert by expert, inside an expert rows fastest,
 // so that tiles which share weights run together. ColumnSchedule (token rows are the reduced axis):
-// the same number of tiles for every expert. All lanes of a warp call next() together.
+// the same number of tiles for every expert. The CTAs of a cluster step together: where one has no
+// tile it gets an empty one beside its neighbour's. All lanes of a warp call next() together.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,10 @@ struct Groups {
   }
 };
 
+// Whether the neighbour in the cluster reads the same direct operand (weights, or the side of a
+// weight gradient that is not gathered).
+enum class Direct : uint8_t { own, shared };
+
 // One tile. For row tiles `rows` is the rows of the tile that exist, for column tiles the rows of
 // the expert, which is the length of the reduction.
 struct Work {
@@ -40,6 +45,7 @@ struct Work {
   int32_t rows;
   int64_t row_begin;  // first row of the row arrays
   int32_t k_tiles;
+  Direct direct;
 };
 
 struct RowScheduleParams {
@@ -49,43 +55,68 @@ struct RowScheduleParams {
   int32_t k_tiles;
 };
 
-template <int kTileM>
+template <int kTileM, int kCluster>
 class RowSchedule {
  public:
   using Params = RowScheduleParams;
   static constexpr bool kMayBeEmpty = false;  // every tile has k tiles
 
   __device__ explicit RowSchedule(const Params& params)
-      : params_(params), tile_(static_cast<int32_t>(blockIdx.x)) {
+      : params_(params), tile_(static_cast<int32_t>(blockIdx.x) / kCluster * kCluster) {
     load(0);
   }
 
   __device__ bool next(Work& work) {
-    while (tile_ >= base_tile_ + total_) {
+    while (tile_ >= base_tile_ + listed()) {
       if (base_expert_ + 32 >= params_.groups.num_experts) return false;
-      base_tile_ += total_;
+      base_tile_ += listed();
       load(base_expert_ + 32);
     }
     const int32_t local = tile_ - base_tile_;
-    const int source = __ffs(__ballot_sync(~0u, inclusive_ > local)) - 1;
-    const int32_t count = __shfl_sync(~0u, count_, source);
-    const int32_t m_tiles = (count + kTileM - 1) / kTileM;
-    const int32_t first = __shfl_sync(~0u, inclusive_, source) - m_tiles * params_.n_tiles;
-    const int32_t index = local - first;
-    const int32_t n_tile = index / m_tiles;
-    work.expert = base_expert_ + source;
+    Place place = locate(local);
+    Direct direct = Direct::own;
+    if constexpr (kCluster == 2) {
+      // Past the last tile of these experts: the neighbour's, without rows.
+      const Place second =
+          local + 1 < total_ ? locate(local + 1) : Place{place.expert, place.m, place.n, 0};
+      if (second.expert == place.expert && second.n == place.n) direct = Direct::shared;
+      if (blockIdx.x % 2 == 1) place = second;
+    }
+    work.expert = place.expert;
     work.m_half = 0;
-    work.m = (index - n_tile * m_tiles) * kTileM;
+    work.m = place.m;
     work.n_half = 0;
-    work.n = n_tile * params_.n_step;
-    work.rows = min(kTileM, count - work.m);
-    work.row_begin = params_.groups.offset(work.expert) + work.m;
+    work.n = place.n;
+    work.rows = place.rows;
+    work.row_begin = params_.groups.offset(place.expert) + place.m;
     work.k_tiles = params_.k_tiles;
+    work.direct = direct;
     tile_ += static_cast<int32_t>(gridDim.x);
     return true;
   }
 
  private:
+  struct Place {
+    int32_t expert;
+    int32_t m;
+    int32_t n;
+    int32_t rows;
+  };
+
+  // Tiles of these 32 experts in the list, whole clusters of them.
+  __device__ int32_t listed() const { return (total_ + kCluster - 1) / kCluster * kCluster; }
+
+  __device__ Place locate(int32_t local) const {
+    const int source = __ffs(__ballot_sync(~0u, inclusive_ > local)) - 1;
+    const int32_t count = __shfl_sync(~0u, count_, source);
+    const int32_t m_tiles = (count + kTileM - 1) / kTileM;
+    const int32_t index =
+        local - (__shfl_sync(~0u, inclusive_, source) - m_tiles * params_.n_tiles);
+    const int32_t n_tile = index / m_tiles;
+    const int32_t m = (index - n_tile * m_tiles) * kTileM;
+    return {base_expert_ + source, m, n_tile * params_.n_step, min(kTileM, count - m)};
+  }
+
   // Counts of 32 experts, one a lane, and the inclusive sum of their tiles.
   __device__ void load(int32_t expert) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -109,40 +140,51 @@ class RowSchedule {
   int32_t total_ = 0;
 };
 
+// Tiles of one axis of an output: `tiles` per half.
+struct AxisTiles {
+  int32_t tiles;
+  int32_t halves;
+};
+
 struct ColumnScheduleParams {
   Groups groups;
   const uint8_t* trainable;  // null: all experts
-  int32_t m_tiles;           // per half
-  int32_t m_halves;
-  int32_t n_tiles;  // per half
-  int32_t n_halves;
+  AxisTiles m;
+  AxisTiles n;
 };
 
-template <int kTileM, int kTileN>
+enum class Axis : uint8_t { m, n };
+
+// kFastest is the axis along which neighbours lie: that of the gathered side, so that the other,
+// direct side is the same for both.
+template <typename TileType, Axis kFastest>
 class ColumnSchedule {
  public:
   using Params = ColumnScheduleParams;
   static constexpr bool kMayBeEmpty = true;  // an expert without rows has none
+  static constexpr int kCluster = TileType::kCluster;
 
   __device__ explicit ColumnSchedule(const Params& params)
       : params_(params), tile_(static_cast<int32_t>(blockIdx.x)) {}
 
   __device__ bool next(Work& work) {
-    const int32_t m_tiles = params_.m_tiles * params_.m_halves;
-    const int32_t per_expert = m_tiles * params_.n_tiles * params_.n_halves;
+    const AxisTiles& fast = kFastest == Axis::m ? params_.m : params_.n;
+    const AxisTiles& slow = kFastest == Axis::m ? params_.n : params_.m;
+    // Whole clusters: a tile past the axis loads zeros and stores nothing.
+    const int32_t listed = (fast.tiles * fast.halves + kCluster - 1) / kCluster * kCluster;
+    const int32_t per_expert = listed * slow.tiles * slow.halves;
     for (; tile_ < per_expert * params_.groups.num_experts; tile_ += gridDim.x) {
       work.expert = tile_ / per_expert;
       if (params_.trainable != nullptr && params_.trainable[work.expert] == 0) continue;
       const int32_t index = tile_ - work.expert * per_expert;
-      const int32_t n_tile = index / m_tiles;
-      const int32_t m_tile = index - n_tile * m_tiles;
-      work.m_half = m_tile / params_.m_tiles;
-      work.m = (m_tile - work.m_half * params_.m_tiles) * kTileM;
-      work.n_half = n_tile / params_.n_tiles;
-      work.n = (n_tile - work.n_half * params_.n_tiles) * kTileN;
+      const int32_t across = index / listed;
+      const int32_t along = index - across * listed;
+      place(params_.m, kFastest == Axis::m ? along : across, TileType::kM, work.m_half, work.m);
+      place(params_.n, kFastest == Axis::m ? across : along, TileType::kN, work.n_half, work.n);
       work.rows = params_.groups.count(work.expert);
       work.row_begin = params_.groups.offset(work.expert);
       work.k_tiles = (work.rows + 63) / 64;
+      work.direct = kCluster == 2 ? Direct::shared : Direct::own;
       tile_ += static_cast<int32_t>(gridDim.x);
       return true;
     }
@@ -150,6 +192,12 @@ class ColumnSchedule {
   }
 
  private:
+  static __device__ void place(const AxisTiles& axis, int32_t tile, int32_t size, int32_t& half,
+                               int32_t& first) {
+    half = min(tile / axis.tiles, axis.halves - 1);
+    first = (tile - half * axis.tiles) * size;
+  }
+
   const Params& params_;
   int32_t tile_;
 };

@@ -20,10 +20,12 @@ struct StoreLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor>;
+    constexpr int kTileN = kWideTileN;
+    using TileType =
+        Tile<Element, kTileM, kTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
     using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
     using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
-    launch_rows<G, kWideTileN>(
+    launch_rows<G, kTileN>(
         problem, {rows_of(out), bias_of(bias), scale, static_cast<int32_t>(problem.b.n_extent)},
         context);
   }

@@ -17,7 +17,8 @@ struct UpProjectionLauncher {
   template <int kTileM, Major kMajor>
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor>;
+    using TileType =
+        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
     using G = RowGemm<TileType, kHalves, GatheredRows, UpEpilogue<TileType, kGating>>;
     launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
   }

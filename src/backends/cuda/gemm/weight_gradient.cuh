@@ -42,9 +42,12 @@ template <typename Element, Gathered kGathered>
 void launch_gradient(const GradientSide& left, const GradientSide& right,
                      const WeightGradientArgs& args, const WeightGradientEpilogueParams& epilogue,
                      const Context& context) {
-  using TileType = Tile<Element, kGradientTileM, kWideTileN, Major::mn, Major::mn>;
-  using G = Gemm<TileType, ColumnSchedule<kGradientTileM, kWideTileN>,
-                 GatheredColumns<TileType, kGathered>, WeightGradientEpilogue<TileType>>;
+  constexpr int kTileM = kGathered == Gathered::left ? kGatheredTile : kDirectTile;
+  constexpr int kTileN = kGathered == Gathered::left ? kDirectTile : kGatheredTile;
+  constexpr Axis kFastest = kGathered == Gathered::left ? Axis::m : Axis::n;
+  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, Crew<Turns::together, 2>>;
+  using G = Gemm<TileType, ColumnSchedule<TileType, kFastest>, GatheredColumns<TileType, kGathered>,
+                 WeightGradientEpilogue<TileType>>;
   const GradientSide& gathered = kGathered == Gathered::left ? left : right;
   typename G::Params params = {};
   params.operands.left = column_side<Element>(left, args.rows.row_capacity);
@@ -57,13 +60,12 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   };
   params.schedule = {groups_of(args.rows),
                      args.trainable.present() ? args.trainable.template as<uint8_t>() : nullptr,
-                     tiles(epilogue.rows, kGradientTileM),
-                     left.halves,
-                     tiles(epilogue.columns, kWideTileN),
-                     right.halves};
+                     {tiles(epilogue.rows, kTileM), left.halves},
+                     {tiles(epilogue.columns, kTileN), right.halves}};
   params.epilogue = epilogue;
-  const int64_t per_expert = int64_t{params.schedule.m_tiles} * params.schedule.m_halves *
-                             params.schedule.n_tiles * params.schedule.n_halves;
+  const auto along = [](const AxisTiles& axis) { return int64_t{axis.tiles} * axis.halves; };
+  // An odd axis gets one more tile, so this bound counts both axes as if they did.
+  const int64_t per_expert = (along(params.schedule.m) + 1) * (along(params.schedule.n) + 1);
   launch<G>("weight_gradient", params, per_expert * args.rows.num_experts(), context);
 }
 

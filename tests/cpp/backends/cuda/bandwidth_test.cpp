@@ -26,14 +26,6 @@ class CudaTest : public ::testing::Test {
  protected:
   void SetUp() override {
     if (const std::string reason = gpu().why_unavailable(); !reason.empty()) GTEST_SKIP() << reason;
-    // Grants kernel attributes, as every call through the registry does.
-    ExpertsProblem problem;
-    problem.hidden_size = 64;
-    problem.intermediate_size = 64;
-    problem.num_experts = 8;
-    problem.dtype = DType::bfloat16;
-    problem.device = Device{DeviceType::cuda, 0};
-    ASSERT_EQ(gpu().why_not(problem), "");
   }
   std::mt19937 random{20240601};
   Context context;
