@@ -50,7 +50,7 @@ help:
 
 # ---- environments ----
 
-TEST_EXTRAS := train,test
+TEST_EXTRAS := train,hf,peft,test
 
 # $(1) the environment
 define make_venv

@@ -89,6 +89,7 @@ struct ExpertsProblem {
   DType dtype = DType::float32;
   Device device = {};
   RowSource rows = RowSource::routed;  // dispatched: no slots, num_tokens = row_capacity
+  int64_t adapter_rank = 0;            // the larger rank of adapters.h's calls, 0 in all others
 
   int64_t preactivation_size() const { return config.halves() * intermediate_size; }
 };

@@ -3,6 +3,7 @@
 // Everything a C++ user needs: #include <penstock/penstock.h>, link penstock::penstock.
 #pragma once
 
+#include "penstock/adapters.h"
 #include "penstock/backend.h"
 #include "penstock/device.h"
 #include "penstock/dtype.h"

@@ -22,7 +22,8 @@ from penstock.info import collect as info  # the function; the module stays in s
 from penstock.routing import Routing
 
 if TYPE_CHECKING:
-    from penstock import balance, losses, testing
+    from penstock import balance, checkpoint, hf, lora, losses, testing
+    from penstock.checkpoint.into_model import load
     from penstock.modules import Experts, MoE
     from penstock.tape import RoutingTape
 
@@ -37,10 +38,14 @@ __all__ = [
     "UnsupportedError",
     "backend",
     "balance",
+    "checkpoint",
     "chosen_backend",
     "functional",
+    "hf",
     "info",
     "list_backends",
+    "load",
+    "lora",
     "losses",
     "routers",
     "testing",
@@ -54,6 +59,10 @@ _WITH_TORCH = {
     "RoutingTape": ("penstock.tape", "RoutingTape"),
     "balance": ("penstock.balance", None),
     "losses": ("penstock.losses", None),
+    "hf": ("penstock.hf", None),
+    "checkpoint": ("penstock.checkpoint", None),
+    "load": ("penstock.checkpoint.into_model", "load"),
+    "lora": ("penstock.lora", None),
     "testing": ("penstock.testing", None),
 }
 

@@ -93,7 +93,7 @@ def experts_backward(
 ) -> Grads:
     """Gradients of x and scores (where `wanted`) and of the weights (into `into`)."""
     problem = problem_of(saved.x, saved.weights, saved.plan, saved.config)
-    dx, dscores = _data_grads(saved, wanted)
+    dx, dscores = data_grads(saved, wanted)
     call = call_tuple(context, saved.x)
     scratch = workspace(library().backward_workspace_bytes(call, saved.config, problem), saved.x)
     tensors = pass_on(
@@ -109,7 +109,7 @@ def experts_backward_data(
 ) -> tuple[Grads, Delayed]:
     """The first half: gradients of x and scores, and what the weights' gradients need later."""
     problem = problem_of(saved.x, saved.weights, saved.plan, saved.config)
-    dx, dscores = _data_grads(saved, wanted)
+    dx, dscores = data_grads(saved, wanted)
     delayed = _new_delayed(saved, problem)
     call = call_tuple(context, saved.x)
     scratch = workspace(
@@ -145,8 +145,11 @@ def _arguments(
     return (call, saved.config, tensors, weights, plan_arguments(saved.plan), grads)
 
 
-def _data_grads(saved: Saved, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
-    """Rows in a gap of a receive buffer are never written: those gradients start as zeros."""
+def data_grads(saved: Saved, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
+    """Tensors for dx and dscores where wanted.
+
+    Rows in a gap of a receive buffer are never written: those gradients start as zeros.
+    """
     arrays = arrays_of(saved.x)
     allocate = arrays.zeros if saved.plan.dispatched else arrays.empty
     dx = dscores = None

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": ("penstock.train.command", "train a Mixture-of-Experts language model on text"),
     "bench": ("penstock.bench.command", "verify and time one layer against torch"),
+    "convert": ("penstock.checkpoint.command", "lay out the experts of a checkpoint anew"),
     "info": ("penstock.info", "versions, backends with reasons, CPU and GPU"),
 }
 ERROR = 2
@@ -72,9 +73,10 @@ def _parse(name: str | None, module: object, arguments: Sequence[str]) -> argpar
 
 def _is_reported(error: Exception) -> bool:
     """Whether an exception's text is meant for the user as it stands."""
+    from penstock.checkpoint.errors import CheckpointError
     from penstock.train.errors import TrainError
 
-    return isinstance(error, TrainError)
+    return isinstance(error, (TrainError, CheckpointError))
 
 
 def _fail(name: str | None, message: str) -> int:

@@ -160,8 +160,8 @@ def moe_experts(
     added there, and autograd gets none for them. delayed: a DelayedWeightGrads, which takes the
     weight gradients' work until its run(). NumPy: forward only; see moe_experts_forward.
     """
-    weights = _weights((w1, w2), (b1, b2))
-    routing = _routing(x, topk_scores, topk_ids)
+    weights = weights_of((w1, w2), (b1, b2))
+    routing = routing_of(x, topk_scores, topk_ids)
     config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit)
     if not is_torch(x):
         for name, value in (("trainable", trainable), ("delayed", delayed)):
@@ -202,7 +202,7 @@ def experts_on_rows(
     for 1. Returns (R_cap, d): row r is S_r * expert(rows_r). Nothing is gathered or combined.
     The rest is as for moe_experts.
     """
-    weights = _weights((w1, w2), (b1, b2))
+    weights = weights_of((w1, w2), (b1, b2))
     config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit)
     if expert_offsets is None:
         expert_offsets = _offsets_of(expert_counts)
@@ -268,14 +268,16 @@ def _ops() -> Any:
     return _torch_ops
 
 
-def _weights(matrices: tuple[Any, Any], biases: tuple[Any, Any]) -> Weights:
+def weights_of(matrices: tuple[Any, Any], biases: tuple[Any, Any]) -> Weights:
+    """Weights from (w1, w2) and (b1, b2), whose first may be pairs (gate, up)."""
     (w1, w2), (b1, b2) = matrices, biases
     gate, up = w1 if isinstance(w1, (tuple, list)) else (w1, None)
     gate_bias, up_bias = b1 if isinstance(b1, (tuple, list)) else (b1, None)
     return Weights(gate, up, w2, gate_bias, up_bias, b2)
 
 
-def _routing(x: Any, scores: Any, ids: Any) -> Routing:
+def routing_of(x: Any, scores: Any, ids: Any) -> Routing:
+    """The Routing of scores and ids (or of a Routing in their place), checked against x."""
     if isinstance(scores, Routing):
         if ids is not None:
             raise invalid(

@@ -55,6 +55,15 @@ struct DownWeights {
   GroupedVector b;
 };
 
+// A term of low rank in a product's sums: + rows_r matrix^T, where a fine-tuning adapter stands
+// beside a weight. matrix[half] is (outputs, rank) by (row, col) for the outputs of that half.
+struct LowRankTerm {
+  TensorView rows;  // (R_cap, rank); absent: no term
+  std::array<GroupedMatrix, 2> matrix = {};
+
+  bool present() const { return rows.present(); }
+};
+
 // The rows an operation works on. row_to_token absent: operand row r is row r.
 struct RowGroups {
   TensorView expert_counts;   // (E)    int32
@@ -79,7 +88,7 @@ struct PlanArgs {
   Workspace scratch;
 };
 
-// H_r = X_{token(r)} W1_e^T + b1_e (stored), A_r = act(H_r as stored).
+// H_r = X_{token(r)} W1_e^T + b1_e + low rank (stored), A_r = act(H_r as stored).
 struct UpProjectionArgs {
   RowGroups rows;
   ActivationSpec activation;
@@ -88,15 +97,17 @@ struct UpProjectionArgs {
   TensorView h;       // (R_cap, h) out; absent: only A is wanted
   TensorView a;       // (R_cap, n) out; absent: only H is wanted
   Workspace scratch;
+  LowRankTerm low_rank = {};
 };
 
-// Y_r = A_r W2_e^T + b2_e.
+// Y_r = A_r W2_e^T + b2_e + low rank.
 struct DownProjectionArgs {
   RowGroups rows;
   TensorView a;         // (R_cap, n)
   DownWeights weights;  //
   TensorView y;         // (R_cap, d) out
   Workspace scratch;
+  LowRankTerm low_rank = {};
 };
 
 // O_t = sum over the slots of t, in slot order, of S_slot * Y_{slot_to_row[slot]}; tokens without
@@ -116,7 +127,8 @@ struct ScaleRowsArgs {
   TensorView output;  // (R_cap, d) out, may be input
 };
 
-// With G_r = dO_{token(r)} W2_e (never stored), A_r = act(H_r) unrounded and s = S of the row:
+// With G_r = dO_{token(r)} W2_e + low rank (never stored), A_r = act(H_r) unrounded and s = S of
+// the row:
 //   partials_{r, .} sums to <G_r, A_r>,  dH_r = act'(H_r) (s G_r),  A'_r = s A_r.
 struct DownBackwardArgs {
   RowGroups rows;
@@ -129,6 +141,7 @@ struct DownBackwardArgs {
   TensorView a_scaled;  // (R_cap, n) out
   TensorView partials;  // (R_cap, score_partials(problem)) out, fp32/float64; absent: no dS wanted
   Workspace scratch;
+  LowRankTerm low_rank = {};
 };
 
 // dscores of row r's slot = sum of partials_r in index order + <dO_{token(r)}, b2_e>; slots without
@@ -141,13 +154,14 @@ struct ScoreGradientArgs {
   TensorView dscores;   // (slots or R_cap) out
 };
 
-// dX~_r = dH_r W1_e.
+// dX~_r = dH_r W1_e + low rank.
 struct UpBackwardArgs {
   RowGroups rows;
   TensorView dh;       // (R_cap, h)
   UpWeights weights;   // w only
   TensorView dx_rows;  // (R_cap, d) out
   Workspace scratch;
+  LowRankTerm low_rank = {};
 };
 
 // Per expert, out(row, col) (+)= sum_r left_{l(r), row} right_{m(r), col}, for dW1 (left dH, right

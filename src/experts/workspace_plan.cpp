@@ -5,7 +5,6 @@
 #include "experts/workspace_plan.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "tensor/checks.h"
 
@@ -24,32 +23,33 @@ enum BackwardLaunch : int {
   kCombineGradient,
 };
 
-struct Request {
-  Buffer* buffer;
-  int first;
-  int last;
-};
-
 int64_t aligned(int64_t offset) {
   return (offset + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
-bool alive_together(const Request& a, const Request& b) {
+bool alive_together(const Lifetime& a, const Lifetime& b) {
   return a.first <= b.last && b.first <= a.last;
 }
 
-// Sets every offset; returns the bytes of the whole.
-int64_t place(std::vector<Request> requests) {
-  std::stable_sort(requests.begin(), requests.end(), [](const Request& a, const Request& b) {
+int64_t rows_bytes(const ExpertsProblem& problem, int64_t width, DType dtype) {
+  return checked_product({problem.row_capacity, width, size_of(dtype)}, "workspace");
+}
+
+bool dispatched(const ExpertsProblem& problem) { return problem.rows == RowSource::dispatched; }
+
+}  // namespace
+
+int64_t place(std::vector<Lifetime> lifetimes) {
+  std::stable_sort(lifetimes.begin(), lifetimes.end(), [](const Lifetime& a, const Lifetime& b) {
     return a.buffer->bytes > b.buffer->bytes;
   });
   int64_t total = 0;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    Buffer& buffer = *requests[i].buffer;
+  for (size_t i = 0; i < lifetimes.size(); ++i) {
+    Buffer& buffer = *lifetimes[i].buffer;
     if (buffer.bytes == 0) continue;
     std::vector<Buffer> taken;
     for (size_t j = 0; j < i; ++j)
-      if (alive_together(requests[i], requests[j])) taken.push_back(*requests[j].buffer);
+      if (alive_together(lifetimes[i], lifetimes[j])) taken.push_back(*lifetimes[j].buffer);
     std::sort(taken.begin(), taken.end(),
               [](const Buffer& a, const Buffer& b) { return a.offset < b.offset; });
     buffer.offset = 0;
@@ -60,14 +60,6 @@ int64_t place(std::vector<Request> requests) {
   }
   return total;
 }
-
-int64_t rows_bytes(const ExpertsProblem& problem, int64_t width, DType dtype) {
-  return checked_product({problem.row_capacity, width, size_of(dtype)}, "workspace");
-}
-
-bool dispatched(const ExpertsProblem& problem) { return problem.rows == RowSource::dispatched; }
-
-}  // namespace
 
 ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& backend,
                               const Context& context) {

@@ -12,6 +12,8 @@
 //   scratch         the backend's own, counted once as the largest of its operations
 #pragma once
 
+#include <vector>
+
 #include "backend/ops.h"
 
 namespace penstock {
@@ -44,6 +46,16 @@ ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& back
                               const Context& context);
 BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass,
                                 const Backend& backend, const Context& context);
+
+// A buffer and the launches from `first` to `last`, both included, in which it is alive.
+struct Lifetime {
+  Buffer* buffer;
+  int first;
+  int last;
+};
+
+// Sets every offset so that buffers alive together do not meet; returns the bytes of the whole.
+int64_t place(std::vector<Lifetime> lifetimes);
 
 // The part of a workspace that a buffer is.
 inline void* address_of(const Workspace& workspace, const Buffer& buffer) {

@@ -5,7 +5,7 @@
 // Arguments come in groups, so that no exported function has more than six: tensors as arrays of
 // optional tensors in the order that the comments below give, settings as tuples. Names of enum
 // values are the public ones (penstock::name_of). Nothing here computes or chooses anything.
-// Called by the three files of exports.
+// Called by the four files of exports.
 #pragma once
 
 #include <tvm/ffi/tvm_ffi.h>

@@ -12,6 +12,8 @@ SAYS = {
     "01_loop.py": "rows of each expert",
     "02_functional.py": "NumPy: same bits: True",
     "03_module.py": "under autocast: torch.bfloat16",
+    "04_hugging_face.py": "the same tokens after reloading: True",
+    "05_lora.py": "saved, loaded and merged, the logits differ by",
 }
 
 

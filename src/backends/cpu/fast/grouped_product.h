@@ -73,7 +73,7 @@ struct GroupedProduct {
   int64_t n = 0;
   int32_t num_bands = 1;
   int32_t num_segments = 1;
-  std::array<Segment, 2> segments = {};
+  std::array<Segment, 3> segments = {};  // two halves and a term of low rank at most
 };
 
 // Finished sums: rows row_begin .. row_begin + rows of C (absolute rows where m is kExpertRows),

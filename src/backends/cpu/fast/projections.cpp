@@ -173,6 +173,16 @@ class DownBackwardRows final : public Epilogue {
   void (*gradient_)(const ActivationParams&, const ActivationRow&);
 };
 
+// The term of low rank as one more segment of the product, if there is a term.
+void add_low_rank(const LowRankTerm& term, GroupedProduct& product) {
+  if (!term.present()) return;
+  GroupedProduct::Segment& segment = product.segments[static_cast<size_t>(product.num_segments++)];
+  segment.k = term.rows.size(1);
+  segment.left = rows_operand(term.rows, nullptr);
+  for (size_t band = 0; band < static_cast<size_t>(product.num_bands); ++band)
+    segment.right[band] = matrix_operand(term.matrix[band]);
+}
+
 }  // namespace
 
 void up_projection(const UpProjectionArgs& args, const Runtime& runtime) {
@@ -185,6 +195,7 @@ void up_projection(const UpProjectionArgs& args, const Runtime& runtime) {
   segment.left = rows_operand(args.x, gather_of(args.rows));
   for (size_t half = 0; half < static_cast<size_t>(halves); ++half)
     segment.right[half] = matrix_operand(args.weights.w[half]);
+  add_low_rank(args.low_rank, product);
   const ActivateRows epilogue(runtime.kernels->rows, args, product.n);
   multiply_groups(product, epilogue, args.scratch, runtime);
 }
@@ -195,6 +206,7 @@ void down_projection(const DownProjectionArgs& args, const Runtime& runtime) {
   product.segments[0].k = args.a.size(1);
   product.segments[0].left = rows_operand(args.a, nullptr);
   product.segments[0].right[0] = matrix_operand(args.weights.w);
+  add_low_rank(args.low_rank, product);
   const StoreRows epilogue(runtime.kernels->rows, args.y, args.weights.b);
   multiply_groups(product, epilogue, args.scratch, runtime);
 }
@@ -205,6 +217,7 @@ void down_backward(const DownBackwardArgs& args, const Runtime& runtime) {
   product.segments[0].k = args.d_output.size(1);
   product.segments[0].left = rows_operand(args.d_output, gather_of(args.rows));
   product.segments[0].right[0] = transposed(matrix_operand(args.weights.w));
+  add_low_rank(args.low_rank, product);
   const DownBackwardRows epilogue(runtime.kernels->rows, args);
   multiply_groups(product, epilogue, args.scratch, runtime);
 }
@@ -220,6 +233,7 @@ void up_backward(const UpBackwardArgs& args, const Runtime& runtime) {
     segment.left = rows_operand(args.dh, nullptr, half * intermediate_size);
     segment.right[0] = transposed(matrix_operand(args.weights.w[static_cast<size_t>(half)]));
   }
+  add_low_rank(args.low_rank, product);
   const StoreRows epilogue(runtime.kernels->rows, args.dx_rows, {});
   multiply_groups(product, epilogue, args.scratch, runtime);
 }

@@ -51,6 +51,7 @@ void down_backward_row(const DownBackwardArgs& args, int64_t expert, int64_t row
   Acc partial = Acc(0);
   for_each_chunk<Acc>(args.a_scaled.size(1), [&](int64_t first, std::span<Acc> g) {
     add_product<Acc, T, T>(d_output, w.from_output(first), g);
+    add_low_rank<Acc, T>(args.low_rank, {expert, row, 0}, first, g);
     partial = activation_backward<T>(args, row, first, g, partial);
   });
   if (args.partials.present()) row_of<Acc>(args.partials, row)[0] = partial;
@@ -87,6 +88,7 @@ void up_backward_row(const UpBackwardArgs& args, int64_t expert, int64_t row) {
       const MatrixSlice<T> w = reduce_rows<T>(args.weights.w[static_cast<size_t>(half)], expert);
       add_product<Acc, T, T>(dh, w.from_output(first), sums);
     }
+    add_low_rank<Acc, T>(args.low_rank, {expert, row, 0}, first, sums);
     T* dx = row_of<T>(args.dx_rows, row) + first;
     for (size_t j = 0; j < sums.size(); ++j) store(dx[j], sums[j]);
   });

@@ -56,6 +56,7 @@ void up_projection_row(const UpProjectionArgs& args, int64_t expert, int64_t row
       const std::span<Acc> sums = half == 0 ? gate : up;
       const MatrixSlice<T> w = reduce_columns<T>(args.weights.w[index], expert);
       add_product<Acc, T, T>(x, w.from_output(first), sums);
+      add_low_rank<Acc, T>(args.low_rank, {expert, row, half}, first, sums);
       add_bias<Acc, T>(args.weights.b[index], expert, first, sums);
       for (Acc& value : sums) value = as_stored<T>(value);
       if (!args.h.present()) continue;
@@ -73,6 +74,7 @@ void down_projection_row(const DownProjectionArgs& args, int64_t expert, int64_t
   const MatrixSlice<T> w = reduce_columns<T>(args.weights.w, expert);
   for_each_chunk<Acc>(args.y.size(1), [&](int64_t first, std::span<Acc> sums) {
     add_product<Acc, T, T>(a, w.from_output(first), sums);
+    add_low_rank<Acc, T>(args.low_rank, {expert, row, 0}, first, sums);
     add_bias<Acc, T>(args.weights.b, expert, first, sums);
     T* y = row_of<T>(args.y, row) + first;
     for (size_t j = 0; j < sums.size(); ++j) store(y[j], sums[j]);

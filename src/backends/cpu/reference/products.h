@@ -12,6 +12,7 @@
 #include <span>
 
 #include "backend/ops.h"
+#include "backends/cpu/common/elements.h"
 #include "tensor/dispatch.h"
 
 namespace penstock::cpu::reference {
@@ -65,6 +66,24 @@ void add_product(std::span<const Left> left, MatrixSlice<T> matrix, std::span<Ac
     for (int64_t j = 0; j < length; ++j)
       sums[static_cast<size_t>(j)] += factor * load(row[j * matrix.out_stride]);
   }
+}
+
+struct LowRankPlace {
+  int64_t expert;
+  int64_t row;
+  int64_t half;
+};
+
+// Adds the term's outputs first .. first + sums.size() of one row, if there is a term.
+template <typename Acc, typename T>
+void add_low_rank(const LowRankTerm& term, const LowRankPlace& place, int64_t first,
+                  std::span<Acc> sums) {
+  if (!term.present()) return;
+  const std::span<const T> row(row_of<const T>(term.rows, place.row),
+                               static_cast<size_t>(term.rows.size(1)));
+  const MatrixSlice<T> matrix =
+      reduce_columns<T>(term.matrix[static_cast<size_t>(place.half)], place.expert);
+  add_product<Acc, T, T>(row, matrix.from_output(first), sums);
 }
 
 // Calls function(first, sums) for [0, length) in chunks, with the sums of each chunk set to zero.
