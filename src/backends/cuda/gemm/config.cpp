@@ -57,8 +57,8 @@ std::string why_not_shape(const ExpertsProblem& problem) {
   return {};
 }
 
-int64_t score_partials_of(int64_t intermediate_size, int32_t tile_rows) {
-  return ceil_div(intermediate_size, down_backward_columns(tile_rows));
+int64_t score_partials_of(int64_t intermediate_size) {
+  return ceil_div(intermediate_size, kDownBackwardTileN);
 }
 
 }  // namespace penstock::cuda

@@ -16,6 +16,7 @@ namespace penstock::cuda {
 
 // Columns of the tiles. A gated up-projection covers half as many intermediate columns.
 inline constexpr int32_t kWideTileN = 256;
+inline constexpr int32_t kDownBackwardTileN = 128;
 inline constexpr int32_t kLogitsTileN = 128;
 // Of a weight gradient's tile: the side that is gathered, and the other.
 inline constexpr int32_t kGatheredTile = 128;
@@ -24,12 +25,6 @@ inline constexpr int32_t kDirectTile = 256;
 // Token rows of a tile: 64 or 128. Rows are known on the host only as a capacity, so the expected
 // load of an expert decides, with a margin of two standard deviations of a random routing.
 int32_t token_tile(int64_t row_capacity, int64_t num_experts);
-
-// Columns of a down-backward tile. 256 halve what is gathered for a product, which binds it; a single
-// warpgroup with 64 rows has no registers for 256 columns and this epilogue.
-constexpr int32_t down_backward_columns(int32_t tile_rows) {
-  return tile_rows == 64 ? 128 : kWideTileN;
-}
 
 // An upper bound of the row tiles of a launch: every expert may end in a partial tile.
 int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows);
@@ -41,6 +36,6 @@ int32_t router_gradient_slices(const RouterProblem& problem);
 // Empty if the shape, dtype and weight layout fit the kernels, otherwise the reason by name.
 std::string why_not_shape(const ExpertsProblem& problem);
 
-int64_t score_partials_of(int64_t intermediate_size, int32_t tile_rows);
+int64_t score_partials_of(int64_t intermediate_size);
 
 }  // namespace penstock::cuda

@@ -16,11 +16,10 @@ struct DownBackwardLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    constexpr int32_t kTileN = down_backward_columns(kTileM);
-    using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor,
-                          RowCrew<kTileM, Turns::together>>;
+    using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor,
+                          RowCrew<kTileM, Turns::alternating>>;
     using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
-    launch_rows<G, kTileN>(problem, epilogue, context);
+    launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
   }
 };
 

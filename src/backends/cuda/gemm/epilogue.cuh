@@ -4,7 +4,7 @@
 // through which they become 16-byte accesses of whole rows. Each warp works alone, so an epilogue
 // needs no barrier but __syncwarp.
 //
-// A piece is 16 rows of 128 (or 64) bytes, 16 more apart: neither writes in the accumulator layout
+// A piece is 16 rows of 128 bytes, 144 bytes apart: neither writes in the accumulator layout
 // nor the 16-byte reads of a row meet a bank conflict.
 #pragma once
 
@@ -17,7 +17,8 @@
 
 namespace penstock::cuda {
 
-inline constexpr int kPieceBytes = 16 * 144;  // of a piece 128 bytes wide
+inline constexpr int kPieceStride = 144;
+inline constexpr int kPieceBytes = 16 * kPieceStride;
 
 // Where a consumer warp works: its staging and its first row of the tile.
 struct WarpPlace {
@@ -85,13 +86,10 @@ __device__ __forceinline__ float2 unpack_word(uint32_t word) {
   return Pair<Element>::unpack(reinterpret_cast<const typename Pair<Element>::Type&>(word));
 }
 
-// 16 rows x kRowBytes of `Element` in shared memory.
-template <typename Element, int kRowBytes = 128>
+// 16 rows x 128 bytes of `Element` in shared memory.
+template <typename Element>
 struct Piece {
-  static constexpr int kStride = kRowBytes + 16;
-  static constexpr int kBytes = 16 * kStride;
-  static constexpr int kRowLanes = kRowBytes / 16;  // lanes that share a row of 16-byte accesses
-  static constexpr int kColumns = kRowBytes / sizeof(Element);
+  static constexpr int kColumns = 128 / sizeof(Element);
   static constexpr int kGroups = kColumns / 8;
   static constexpr int kVector = 16 / sizeof(Element);
   using PairType = typename Pair<Element>::Type;
@@ -100,7 +98,7 @@ struct Piece {
 
   // The lane's two columns of group `group`, in row row() + 8 * lower.
   __device__ PairType& pair(int group, int lower) const {
-    return *reinterpret_cast<PairType*>(base + (Lane::row() + lower * 8) * kStride +
+    return *reinterpret_cast<PairType*>(base + (Lane::row() + lower * 8) * kPieceStride +
                                         (group * 8 + Lane::column()) * sizeof(Element));
   }
 
@@ -118,7 +116,7 @@ struct Piece {
     static_assert(sizeof(Element) == 2, "stmatrix moves 16-bit elements");
     const int lane = Lane::id();
     arch::store_matrix(
-        arch::shared_address(base + (lane % 16) * kStride + (group + lane / 16) * 16),
+        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
         packed.at);
   }
   __device__ void put_two(int group, float4 first, float4 second) const {
@@ -133,17 +131,27 @@ struct Piece {
     }
   }
 
+  __device__ Packed get_two(int group) const {
+    static_assert(sizeof(Element) == 2, "ldmatrix moves 16-bit elements");
+    const int lane = Lane::id();
+    Packed packed;
+    arch::load_matrix(
+        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
+        packed.at);
+    return packed;
+  }
+
   // Calls `access(shared 16 bytes, row, column)` for each 16 bytes whose row and column exist, a
   // whole row of the piece by neighbouring lanes.
   template <typename Access>
   __device__ void each_vector(int rows, int columns, Access access) const {
-    const int column = Lane::id() % kRowLanes * kVector;
+    const int column = Lane::id() % 8 * kVector;
     if (column >= columns) return;
 #pragma unroll
-    for (int i = 0; i < kRowLanes / 2; ++i) {
-      const int row = i * (32 / kRowLanes) + Lane::id() / kRowLanes;
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + Lane::id() / 8;
       if (row < rows) {
-        access(*reinterpret_cast<uint4*>(base + row * kStride + Lane::id() % kRowLanes * 16), row,
+        access(*reinterpret_cast<uint4*>(base + row * kPieceStride + Lane::id() % 8 * 16), row,
                column);
       }
     }
@@ -156,6 +164,32 @@ struct Piece {
       *reinterpret_cast<uint4*>(destination + row * stride + column) = vector;
     });
     __syncwarp();
+  }
+
+  // The lane's four vectors of a piece, taken from global memory: all of them in flight at once.
+  struct Vectors {
+    uint4 at[4];
+  };
+  static __device__ __forceinline__ Vectors load(const Element* source, int64_t stride, int rows,
+                                                 int columns) {
+    Vectors vectors;
+    const int column = Lane::id() % 8 * kVector;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = i * 4 + Lane::id() / 8;
+      vectors.at[i] = make_uint4(0, 0, 0, 0);
+      if (row < rows && column < columns) {
+        vectors.at[i] = *reinterpret_cast<const uint4*>(source + row * stride + column);
+      }
+    }
+    return vectors;
+  }
+  __device__ __forceinline__ void put(const Vectors& vectors) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      *reinterpret_cast<uint4*>(base + (i * 4 + Lane::id() / 8) * kPieceStride +
+                                Lane::id() % 8 * 16) = vectors.at[i];
+    }
   }
 };
 

@@ -9,6 +9,8 @@
 // writes) and A'; reduces the partial sums over a quad's columns in fixed order.
 #pragma once
 
+#include <type_traits>
+
 #include "backends/cuda/gemm/epilogue_up.cuh"
 
 namespace penstock::cuda {
@@ -29,38 +31,32 @@ struct DownBackwardEpilogue {
   using Element = typename TileType::Element;
   using Params = DownBackwardEpilogueParams;
   static constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-  // Narrow pieces leave room for one more stage of the main loop.
-  using PieceType = Piece<Element, 64>;
-  static constexpr int kWarpStagingBytes = (kHalves + 1) * PieceType::kBytes;
+  static constexpr int kWarpStagingBytes = (kHalves + 1) * kPieceBytes;
   using Sums = float[TileType::kAccumulators];
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  // Scores of the lane's two rows, loaded while the products are formed, when the rest of what the
-  // epilogue reads, H, is brought into L2: beside 128 accumulators there are no registers for it, and
-  // shared memory is worth more as stages of the main loop.
-  struct Early {
-    float score[2];
+  static constexpr int kChunks = TileType::kN / 64;
+  // H of the warp's rows in 64 columns.
+  struct Chunk {
+    typename Piece<Element>::Vectors half[kHalves];
   };
+  // Of a warpgroup with one block, H is loaded while the products are formed: it stays in
+  // registers, of which 64 accumulators leave enough. With two blocks there are too few; then the
+  // other warpgroup's products hide the loads.
+  struct AllChunks {
+    Chunk at[kChunks];
+  };
+  static constexpr bool kEarly = TileType::kBlocks == 1;
+  using Early = std::conditional_t<kEarly, AllChunks, NoPrefetch>;
 
   static __device__ __forceinline__ Early prefetch(const Params& params, const Work& work,
                                                    const WarpPlace& place) {
     Early early;
-    const int rows = work.rows - place.row;
+    if constexpr (kEarly) {
 #pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-      early.score[lower] =
-          score_of(params, work.row_begin + place.row, Lane::row() + 8 * lower, rows);
-    }
-    // A lane takes one half of one row, a line of 128 bytes at a time.
-    const int row = Lane::id() % 16;
-    const int half = Lane::id() / 16;
-    if (row < rows && half < kHalves) {
-      const Element* line = row_of(params.h, work, place) + row * params.h.stride + work.n +
-                            half * params.columns;
-#pragma unroll
-      for (int first = 0; first < TileType::kN; first += 64) {
-        if (work.n + first < params.columns) arch::prefetch_l2(line + first);
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        early.at[chunk] = load(params, work, place, chunk * 64);
       }
     }
     return early;
@@ -78,43 +74,32 @@ struct DownBackwardEpilogue {
   }
 
  private:
-  static __device__ __forceinline__ Element* row_of(const Rows& matrix, const Work& work,
-                                                    const WarpPlace& place) {
-    return static_cast<Element*>(matrix.data) + (work.row_begin + place.row) * matrix.stride;
-  }
-
-  // Pieces: dH by half, then A'.
-  static __device__ __forceinline__ PieceType piece_of(const WarpPlace& place, int index) {
-    return {place.staging + index * PieceType::kBytes};
-  }
-
-  // Pairs of H in the accumulator layout, of groups `group` and the next, in both halves. Columns
-  // past the end and rows past the expert are read from the last that exists: they are neither
-  // summed nor stored.
-  using Packed = typename PieceType::Packed;
-  struct Batch {
-    Packed half[kHalves];
-    Packed scaled;  // A', once it is known
-  };
-  struct Source {
-    const Element* h;
-    int32_t row[2];  // offsets of the lane's rows: 32 bits, because registers are scarce here
-    int32_t half;    // from one half to the other
-    int32_t columns;  // of the tile that exist
-  };
-  static __device__ __forceinline__ Batch load(const Source& source, int group) {
-    Batch batch;
+  static __device__ __forceinline__ Chunk load(const Params& params, const Work& work,
+                                               const WarpPlace& place, int first) {
+    Chunk chunk;
+    const Element* h = static_cast<const Element*>(params.h.data) +
+                       (work.row_begin + place.row) * params.h.stride + work.n + first;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = min((group + i / 2) * 8, source.columns - 8) + Lane::column();
-        batch.half[half].at[i] = *reinterpret_cast<const uint32_t*>(
-            source.h + (source.row[i % 2] + half * source.half + column));
-      }
+      chunk.half[half] =
+          Piece<Element>::load(h + half * params.columns, params.h.stride, work.rows - place.row,
+                               params.columns - work.n - first);
     }
-    return batch;
+    return chunk;
   }
+
+  // Pieces: H and then dH by half, and A'.
+  static __device__ __forceinline__ Piece<Element> piece_of(const WarpPlace& place, int index) {
+    return {place.staging + index * kPieceBytes};
+  }
+
+  // What is worked on at a time: two groups of 8 columns. All of it is read before any of it is
+  // written over, and no branch divides it: its eight elements a lane have long chains, which must
+  // overlap. More elements do not fit in the registers.
+  struct Batch {
+    typename Piece<Element>::Packed half[kHalves];
+    typename Piece<Element>::Packed scaled;  // A', once it is known
+  };
 
   // Scores and running partial sums of the lane's two rows.
   struct RowPair {
@@ -127,38 +112,49 @@ struct DownBackwardEpilogue {
                                                  const Work& work, const Sums& sums,
                                                  const Early& early, const WarpPlace& place) {
     const int rows = work.rows - place.row;
-    RowPair pair = {{early.score[0], early.score[1]}, {0.0f, 0.0f}};
-    const auto stride = static_cast<int32_t>(params.h.stride);
-    const Source source = {
-        row_of(params.h, work, place) + work.n,
-        {min(Lane::row(), rows - 1) * stride, min(Lane::row() + 8, rows - 1) * stride},
-        params.columns,
-        min(params.columns - work.n, TileType::kN)};
+    const int64_t first_row = work.row_begin + place.row;
+    RowPair pair = {{score_of(params, first_row, Lane::row(), rows),
+                     score_of(params, first_row, Lane::row() + 8, rows)},
+                    {0.0f, 0.0f}};
+    Element* a = static_cast<Element*>(params.a_scaled.data) + first_row * params.a_scaled.stride;
 #pragma unroll
-    for (int chunk = 0; chunk < TileType::kN / PieceType::kColumns; ++chunk) {
-      const int column = work.n + chunk * PieceType::kColumns;
+    for (int first = 0; first < TileType::kN; first += 64) {
+      const int column = work.n + first;
       if (column >= params.columns) break;
       const int valid = params.columns - column;
+      Element* dh = static_cast<Element*>(params.dh.data) + first_row * params.dh.stride;
+      const Chunk chunk = [&] {
+        if constexpr (kEarly) {
+          return early.at[first / 64];
+        } else {
+          return load(params, work, place, first);
+        }
+      }();
 #pragma unroll
-      for (int group = 0; group < PieceType::kGroups; group += 2) {
-        const int at = PieceType::kGroups * chunk + group;
-        Batch batch = load(source, at);
-        differentiate(function, params.activation, sums, {at, valid - group * 8}, batch, pair);
+      for (int half = 0; half < kHalves; ++half) {
+        piece_of(place, half).put(chunk.half[half]);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int group = 0; group < 8; group += 2) {
+        Batch batch;
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          batch.half[half] = piece_of(place, half).get_two(group);
+        }
+        differentiate(function, params.activation, sums, {first / 8 + group, valid - group * 8},
+                      batch, pair);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
           piece_of(place, half).put_two(group, batch.half[half]);
         }
         piece_of(place, kHalves).put_two(group, batch.scaled);
       }
-#pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         piece_of(place, half)
-            .store(row_of(params.dh, work, place) + half * params.columns + column,
-                   params.dh.stride, rows, valid);
+            .store(dh + half * params.columns + column, params.dh.stride, rows, valid);
       }
-      piece_of(place, kHalves)
-          .store(row_of(params.a_scaled, work, place) + column, params.a_scaled.stride, rows,
-                 valid);
+      piece_of(place, kHalves).store(a + column, params.a_scaled.stride, rows, valid);
     }
     if (params.partials.data != nullptr) store_partials(params, work, place, pair);
   }
@@ -172,8 +168,7 @@ struct DownBackwardEpilogue {
   // H of the batch becomes dH, A' its scaled words, <G, A> joins the partial sums. No branch: eight
   // elements a lane have long chains, which must overlap.
   template <typename Function>
-  static __device__ __forceinline__ void differentiate(Function,
-                                                       const ActivationParams& activation,
+  static __device__ __forceinline__ void differentiate(Function, const ActivationParams& activation,
                                                        const Sums& sums, const Groups2& groups,
                                                        Batch& batch, RowPair& pair) {
 #pragma unroll
@@ -188,7 +183,8 @@ struct DownBackwardEpilogue {
         const float2 up = unpack_word<Element>(batch.half[1].at[i]);
         const GatedGradient low = Function::at(first.x, up.x, activation);
         const GatedGradient high = Function::at(first.y, up.y, activation);
-        batch.half[0].at[i] = pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
+        batch.half[0].at[i] =
+            pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
         batch.half[1].at[i] = pack_word<Element>(low.up * (score * g.x), high.up * (score * g.y));
         value = {low.value, high.value};
       } else {

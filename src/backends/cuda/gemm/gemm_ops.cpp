@@ -56,8 +56,7 @@ std::string why_not_router_dtype(DType dtype) {
 int64_t products_scratch_bytes(const ExpertsProblem&) { return 0; }
 
 int64_t score_partials(const ExpertsProblem& problem) {
-  return score_partials_of(problem.intermediate_size,
-                           token_tile(problem.row_capacity, problem.num_experts));
+  return score_partials_of(problem.intermediate_size);
 }
 
 int64_t tile_rows(const ExpertsProblem& problem) {

@@ -41,32 +41,36 @@ struct LoadWeights {
 #pragma unroll
     for (int half = 0; half < kHalvesN; ++half) {
       const CUtensorMap* map = &maps.half[kHalvesN == 2 ? half : at.half];
-      const uint32_t target = destination + half * kColumns * 128;
+      const Target target = {destination + half * kColumns * 128, barrier};
       if (kCluster == 2 && work.direct == Direct::shared) {
-        part(map, work, at, target, barrier, static_cast<int>(blockIdx.x % 2),
+        part(map, work, at, target, static_cast<int>(blockIdx.x % 2),
              [](auto... copy) { arch::tma_load_multicast(copy..., uint16_t{3}); });
       } else {
 #pragma unroll
         for (int i = 0; i < kCluster; ++i) {
-          part(map, work, at, target, barrier, i, [](auto... copy) { arch::tma_load(copy...); });
+          part(map, work, at, target, i, [](auto... copy) { arch::tma_load(copy...); });
         }
       }
     }
   }
 
  private:
+  struct Target {
+    uint32_t address;  // of the half's rows in the stage
+    uint32_t barrier;
+  };
+
   template <typename Copy>
   static __device__ __forceinline__ void part(const CUtensorMap* map, const Work& work, StageK at,
-                                              uint32_t target, uint32_t barrier, int index,
-                                              Copy copy) {
+                                              const Target& target, int index, Copy copy) {
     const int first = index * kPart;
     if constexpr (TileType::kMajorB == Major::k) {
-      copy(target + first * 128, map, barrier,
+      copy(target.address + first * 128, map, target.barrier,
            arch::Coordinates{at.k, work.n + first, work.expert});
     } else {
 #pragma unroll
       for (int column = 0; column < kPart; column += 64) {
-        copy(target + (first + column) / 64 * kBlockBytes, map, barrier,
+        copy(target.address + (first + column) / 64 * kBlockBytes, map, target.barrier,
              arch::Coordinates{work.n + first + column, at.k, work.expert});
       }
     }

@@ -68,8 +68,9 @@ void router_logits(const RouterLogitsArgs& args, const Context& context) {
   }
 }
 
-// For fp16 alone, since bf16 has fp32's range. Largest |dlogits| as the bits of a positive float, whose order is that of integers. NaN counts as
-// the largest and only ever meets NaN results.
+// For fp16 alone, since bf16 has fp32's range: the largest |dlogits| as the bits of a positive
+// float, whose order is that of integers. NaN counts as the largest and only ever meets NaN
+// results.
 static __global__ void largest_bits(const float* dlogits, int64_t count, int32_t* largest) {
   int32_t best = 0;
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;

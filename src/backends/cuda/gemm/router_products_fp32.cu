@@ -133,8 +133,7 @@ void weight_gradient_fp32(const RouterLogitsBackwardArgs& args, const Context& c
   const auto used = static_cast<int32_t>(
       std::max<int64_t>(1, ceil_div(num_tokens, std::max<int64_t>(slice, kStep))));
   add_slices_kernel<<<static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0,
-                      stream_of(context)>>>(partials, used, count,
-                                            args.drouter_weight.as<float>());
+                      stream_of(context)>>>(partials, used, count, args.drouter_weight.as<float>());
   check_launch("add_slices_kernel");
 }
 
