@@ -31,7 +31,10 @@ PENSTOCK_API std::string_view name_of(RouterKind kind);
 
 // Whether every token has K slots: scores and ids are then (T, K). Otherwise they are flat over
 // slots, tokens are told apart by token_offsets, and slots past the last token's are padding.
-PENSTOCK_API bool has_fixed_top_k(RouterKind kind);
+constexpr bool has_fixed_top_k(RouterKind kind) {
+  return kind != RouterKind::token_rounding && kind != RouterKind::expert_choice &&
+         kind != RouterKind::threshold;
+}
 
 // Whether the scores of a pair are divided by their sum over the token's top K.
 enum class ScoreScaling : uint8_t { normalized, plain };

@@ -123,11 +123,6 @@ std::string_view name_of(Selection selection) {
   return selection == Selection::chosen ? "chosen" : "given";
 }
 
-bool has_fixed_top_k(RouterKind kind) {
-  return kind != RouterKind::token_rounding && kind != RouterKind::expert_choice &&
-         kind != RouterKind::threshold;
-}
-
 int64_t token_rounding_slots(const RouteProblem& problem) {
   const int64_t chosen =
       checked_product({problem.num_tokens, int64_t{problem.top_k}}, "slots = T * K");
