@@ -17,7 +17,7 @@ from doors import case
 from gpu_layer import forward, gradients, make_inputs, other_bits, own_leaves, sized, step
 
 import penstock
-from penstock import _engine, _engine_backward
+from penstock import _engine, _engine_backward, _engine_route
 
 SHAPE = [300, 128, 64, 12, 3]
 SLEEP_CYCLES = 200_000_000  # about a tenth of a second
@@ -187,7 +187,7 @@ def test_backward_runs_in_the_context_of_its_forward_pass(seam, monkeypatch) -> 
 
     watch(_engine_backward, "experts_backward")
     watch(_engine, "router_logits_backward")
-    watch(_engine, "route_backward")
+    watch(_engine_route, "route_backward")
     with penstock.backend("cuda", sm_budget=17) as context:
         output = forward(inputs, SHAPE[4], main_grad=seam == "main_grad")
     got = gradients(output, inputs)

@@ -117,7 +117,7 @@ def profile_step(step: Callable[[], Any], clear: Callable[[], Any]) -> list[Laun
     for _ in range(STEPS + 1):
         clear()
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as recorded:
             step()
             torch.cuda.synchronize()
         steps.append(_kernels(recorded))
