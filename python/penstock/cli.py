@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = arguments[0] if arguments and arguments[0] in COMMANDS else None
     try:
         module = importlib.import_module(COMMANDS[name][0]) if name else None
-        return module.run(_parse(name, module, arguments))
+        args = _parse(name, module, arguments)  # ends here without a subcommand
+        return module.run(args)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "penstock":
             raise

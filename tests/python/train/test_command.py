@@ -336,6 +336,17 @@ def test_wrong_types_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> Non
         assert "penstock train: error:" in capsys.readouterr().err
 
 
+def test_program_without_a_subcommand_says_how_to_use_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments, code in ((["--help"], 0), ([], 2), (["--no-such-option"], 2)):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == code
+        printed = capsys.readouterr()
+        assert "usage: penstock" in (printed.err if code else printed.out)
+
+
 def test_program_as_installed_returns_the_exit_code() -> None:
     command = [sys.executable, "-m", "penstock.cli", "train", "--data", "/nowhere/at/all"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
