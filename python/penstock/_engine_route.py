@@ -39,7 +39,8 @@ class RouterSpec(NamedTuple):
         """Names and counts in one string, which an operator's schema can carry."""
         return ",".join(map(str, self[:8]))
 
-    @property
+    # Methods, not properties: dynamo of torch 2.9 loses a named tuple's properties where a field is
+    # a symbol.
     def numbers(self) -> list[float]:
         """The rest; apart because torch.compile may hold floats as symbols."""
         return [self.scale, self.threshold]
@@ -50,12 +51,10 @@ class RouterSpec(NamedTuple):
         fields = packed.split(",")
         return RouterSpec(*fields[:4], *map(int, fields[4:]), *numbers)
 
-    @property
     def fixed_top_k(self) -> bool:
         """Whether every token has K slots, so that no offsets are needed."""
         return self.name in FIXED_TOP_K
 
-    @property
     def needs_logits(self) -> bool:
         """Whether the gradient reads the logits; scores of softmax_topk say all by themselves."""
         return self.name != "softmax_topk"
@@ -79,7 +78,7 @@ def route(
     num_tokens, num_experts = logits.shape
     arrays = arrays_of(logits)
     dtype = arrays.dtype_name(logits)
-    if spec.fixed_top_k:
+    if spec.fixed_top_k():
         if not 1 <= spec.top_k <= num_experts:
             raise invalid(
                 "top_k",
@@ -124,7 +123,7 @@ def route_backward(
 ) -> Any:
     """The logits' gradient (T, E); `saved` is (logits, what was routed).
 
-    The logits may be None where spec.needs_logits is False.
+    The logits may be None where spec.needs_logits() is False.
     """
     logits, routed = saved
     scores = routed.scores
@@ -144,7 +143,7 @@ def _workspace(logits: Any, spec: RouterSpec, slots: int, context: CallContext) 
     problem = Problem(
         num_tokens=num_tokens,
         num_experts=num_experts,
-        num_slots=num_tokens * spec.top_k if spec.fixed_top_k else slots,
+        num_slots=num_tokens * spec.top_k if spec.fixed_top_k() else slots,
         dtype=arrays.dtype_name(logits),
         device_type=arrays.device(logits)[0],
         device_index=arrays.device(logits)[1],

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The routers as torch.library operators, with autograd; as _torch_ops.py is for the experts.
 
-`router` and `numbers` are RouterSpec.pack and .numbers, `context` is CallContext.pack. Outputs that
-a router with a fixed K has none of (token_offsets, report) are tensors of no elements. Imported by
-routers.py at the first call with a torch tensor.
+`router` and `numbers` are RouterSpec.pack() and .numbers(), `context` is CallContext.pack. Outputs
+that a router with a fixed K has none of (token_offsets, report) are tensors of no elements.
+Imported by routers.py at the first call with a torch tensor.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _(
     context: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     spec = RouterSpec.unpack(router, numbers)
-    fixed = spec.fixed_top_k
+    fixed = spec.fixed_top_k()
     shape = (logits.shape[0], spec.top_k) if fixed else (slots,)
     ids = logits.new_empty(shape, dtype=torch.int32)
     offsets = ids.new_empty((0 if fixed else logits.shape[0] + 1,))
@@ -119,8 +119,8 @@ def _(
 def _save(ctx: Any, logits: Tensor, routed: tuple[Tensor, Tensor, Tensor | None]) -> None:
     spec = RouterSpec.unpack(ctx.router, ctx.numbers)
     ctx.num_experts = logits.shape[1]
-    offsets = None if spec.fixed_top_k else routed[2]
-    ctx.save_for_backward(logits if spec.needs_logits else None, *routed[:2], offsets)
+    offsets = None if spec.fixed_top_k() else routed[2]
+    ctx.save_for_backward(logits if spec.needs_logits() else None, *routed[:2], offsets)
 
 
 def _logits_grad(ctx: Any, dscores: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def route_backward(
     if router is not None or spec is None:
         spec = RouterSpec(router_name(router or "softmax_topk", renormalize), top_k=routing.top_k)
     arrays = (routing.scores, routing.ids)
-    if spec.fixed_top_k:
+    if spec.fixed_top_k():
         arrays = routing.topk()
     routed = Routed(*arrays, routing.token_offsets)
     dscores = dscores.reshape(arrays[0].shape)

@@ -298,8 +298,10 @@ class MoE(nn.Module):
                 "Check the layer that made x",
             )
         # The last call's logits hold its graph, and a graph binds the parameters' gradients to the
-        # stream of its call: gone before this one starts, which may be on another stream.
-        self.stats = None
+        # stream of its call: let go of before this call starts, which may be on another stream.
+        # What was counted stays, for a recomputation that checkpointing ends half-way.
+        if not torch.compiler.is_compiling() and self.stats is not None:
+            self.stats = self.stats.detached()
         rows = x.reshape(-1, self.hidden_size)
         logits, routing = self.route(rows)
         plan = functional.plan(routing, self.num_experts)

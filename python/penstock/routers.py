@@ -146,7 +146,7 @@ def threshold(
     """
     num_tokens, num_experts = logits.shape
     slots = num_tokens * num_experts if capacity is None else capacity
-    return _route(logits, RouterSpec("threshold", threshold=float(threshold)), slots)
+    return _route(logits, RouterSpec("threshold", threshold=threshold), slots)
 
 
 def replay(logits: Any, recorded: Routing) -> Routing:
@@ -163,7 +163,7 @@ def replay(logits: Any, recorded: Routing) -> Routing:
             "one that a router of penstock returned",
             "Only its own router knows how to score a pair; compute your scores yourself",
         )
-    fixed = spec.fixed_top_k
+    fixed = spec.fixed_top_k()
     ids = recorded.ids.reshape(recorded.num_tokens, recorded.top_k) if fixed else recorded.ids
     if logits.shape[0] != recorded.num_tokens:
         raise invalid(
@@ -174,7 +174,7 @@ def replay(logits: Any, recorded: Routing) -> Routing:
         )
     if is_torch(logits):
         arguments = (logits.contiguous(), ids, recorded.token_offsets)
-        scores = _ops().replay(*arguments, spec.pack(), spec.numbers, context_key())
+        scores = _ops().replay(*arguments, spec.pack(), spec.numbers(), context_key())
     else:
         given = Routed(None, ids, recorded.token_offsets)
         scores = _engine_route.replay(logits, spec, given, current())
@@ -250,13 +250,13 @@ def _route(
     if is_torch(logits):
         bias, seed = steering
         arguments = (logits.contiguous(), bias, seed, slots)
-        routed = Routed(*_ops().route(*arguments, spec.pack(), spec.numbers, context_key()))
+        routed = Routed(*_ops().route(*arguments, spec.pack(), spec.numbers(), context_key()))
     else:
         routed = _engine_route.route(logits, spec, slots, steering, current())
     routing = Routing(
         routed.scores.reshape(-1), routed.ids.reshape(-1), logits.shape[0], router=spec
     )
-    if spec.fixed_top_k:
+    if spec.fixed_top_k():
         routing.top_k = spec.top_k
     else:
         routing.token_offsets, routing.report = routed.token_offsets, routed.report

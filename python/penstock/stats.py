@@ -24,6 +24,10 @@ class MoEStats:
         self.coefficients = coefficients  # of the auxiliary loss and of the z-loss
         self.routing = routing.detach()  # who went where
 
+    def detached(self) -> MoEStats:
+        """The same numbers without the graph of the call."""
+        return MoEStats(self.logits.detach(), self.loads, self.coefficients, self.routing)
+
     @property
     def report(self) -> RoutingReport | None:
         """What was dropped, added and left without an expert; None where K is fixed."""

@@ -55,10 +55,10 @@ def test_opcheck_route(router):
     options = {"tile": 2} if router == "token_rounding" else {}
     routing = functional.route(logits.detach(), SHAPE[4], router=router, **options)
     spec = routing.router
-    settings = (spec.pack(), spec.numbers, CONTEXT)
-    slots = 0 if spec.fixed_top_k else len(routing.ids)
+    settings = (spec.pack(), spec.numbers(), CONTEXT)
+    slots = 0 if spec.fixed_top_k() else len(routing.ids)
     torch.library.opcheck(routing_ops.route, (logits, None, None, slots, *settings))
-    scores, ids = routing.topk() if spec.fixed_top_k else (routing.scores, routing.ids)
+    scores, ids = routing.topk() if spec.fixed_top_k() else (routing.scores, routing.ids)
     torch.library.opcheck(routing_ops.replay, (logits, ids, routing.token_offsets, *settings))
     d_scores = torch.ones_like(scores)
     saved = (logits.detach(), scores, ids, routing.token_offsets)
