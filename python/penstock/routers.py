@@ -135,9 +135,13 @@ def expert_choice(logits: Any, top_k: int, *, capacity: int | None = None) -> Ro
 
 
 def threshold(
-    logits: Any, top_k: int | None = None, *, threshold: float = 0.5, capacity: int | None = None
+    logits: Any,
+    top_k: int | None = None,
+    *,
+    threshold: float | None = None,
+    capacity: int | None = None,
 ) -> Routing:
-    """Every expert whose s = sigmoid(logit) is at least `threshold`; score s.
+    """Every expert whose s = sigmoid(logit) is at least `threshold` (None: 0.5); score s.
 
     capacity: slots that there are for the whole call, by default T E, which no routing passes.
     Pairs get them in order of token, then of expert; the rest is dropped and counted in
@@ -146,7 +150,11 @@ def threshold(
     """
     num_tokens, num_experts = logits.shape
     slots = num_tokens * num_experts if capacity is None else capacity
-    return _route(logits, RouterSpec("threshold", threshold=threshold), slots)
+    # The default is the spec's own: torch.compile would make a symbol of one of this function.
+    spec = RouterSpec("threshold")
+    if threshold is not None:
+        spec = spec._replace(threshold=threshold)
+    return _route(logits, spec, slots)
 
 
 def replay(logits: Any, recorded: Routing) -> Routing:
