@@ -10,10 +10,6 @@
 
 namespace penstock::cuda::arch {
 
-__device__ __forceinline__ void tma_prefetch_descriptor(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
-}
-
 struct Coordinates {
   int32_t c0;  // along the contiguous dimension
   int32_t c1;
