@@ -8,18 +8,44 @@
 
 namespace penstock::cuda {
 
+// A matrix of `halves` times n columns as TMA sees it, in boxes of 64 columns.
+template <typename Element>
+CUtensorMap halves_map(const char* what, const TensorView& view, int64_t halves, int32_t rows) {
+  const int64_t n = view.size(1) / halves;
+  require_vectors(what, view.data, {view.stride(0)});
+  return make_tensor_map({what,
+                          view.data,
+                          kDTypeOf<Element>,
+                          {n, halves, view.size(0)},
+                          {n, view.stride(0)},
+                          {64, 1, rows}});
+}
+
 template <typename Element, Gating kGating>
 struct DownBackwardLauncher {
   const RowProblem& problem;
-  const DownBackwardEpilogueParams& epilogue;
+  const DownBackwardArgs& args;
   const Context& context;
 
   template <int kTileM, Major kMajor>
   void run() const {
     using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor,
-                          RowCrew<kTileM, Turns::alternating>>;
+                          kRowCluster<kTileM>>;
     using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
-    launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
+    constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
+    constexpr int kWarpRows = 16;
+    const RowGroups& rows = args.rows;
+    launch_rows<G, kDownBackwardTileN>(
+        problem,
+        {halves_map<Element>("h", args.h, kHalves, kTileM),
+         {halves_map<Element>("dh", args.dh, kHalves, kWarpRows), rows_of(args.dh)},
+         {halves_map<Element>("a_scaled", args.a_scaled, 1, kWarpRows), rows_of(args.a_scaled)},
+         rows_of(args.partials),
+         args.scores.present() ? args.scores.template as<float>() : nullptr,
+         rows.row_to_slot.present() ? rows.row_to_slot.template as<int32_t>() : nullptr,
+         activation_of(args.activation),
+         static_cast<int32_t>(args.a_scaled.size(1))},
+        context);
   }
 };
 
@@ -44,24 +70,10 @@ void down_backward(const DownBackwardArgs& args, const Context& context) {
        w.row_stride},
       groups_of(args.rows),
       args.rows.row_capacity};
-  const DownBackwardEpilogueParams epilogue = {
-      rows_of(args.h),
-      rows_of(args.dh),
-      rows_of(args.a_scaled),
-      rows_of(args.partials),
-      args.scores.present() ? args.scores.template as<float>() : nullptr,
-      args.rows.row_to_slot.present() ? args.rows.row_to_slot.template as<int32_t>() : nullptr,
-      activation_of(args.activation),
-      static_cast<int32_t>(n)};
-  require_vectors("h", args.h.data, {args.h.stride(0)});
-  require_vectors("dh", args.dh.data, {args.dh.stride(0)});
-  require_vectors("a_scaled", args.a_scaled.data, {args.a_scaled.stride(0)});
   if (is_gated(args.activation.kind)) {
-    with_row_tile(problem,
-                  DownBackwardLauncher<Element, Gating::gated>{problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::gated>{problem, args, context});
   } else {
-    with_row_tile(problem,
-                  DownBackwardLauncher<Element, Gating::plain>{problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::plain>{problem, args, context});
   }
 }
 

@@ -26,8 +26,12 @@ struct WarpPlace {
   int row;
 };
 
-// Of an epilogue that needs nothing from memory before its sums are there.
-struct NoPrefetch {};
+// Of an epilogue that reads nothing through the ring.
+struct NoOperand {
+  static constexpr int kStages = 0;
+  template <typename Params>
+  __device__ explicit NoOperand(const Params&) {}
+};
 
 // A row-major matrix in global memory: element (row, column) at data + row * stride + column.
 struct Rows {
@@ -131,16 +135,6 @@ struct Piece {
     }
   }
 
-  __device__ Packed get_two(int group) const {
-    static_assert(sizeof(Element) == 2, "ldmatrix moves 16-bit elements");
-    const int lane = Lane::id();
-    Packed packed;
-    arch::load_matrix(
-        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
-        packed.at);
-    return packed;
-  }
-
   // Calls `access(shared 16 bytes, row, column)` for each 16 bytes whose row and column exist, a
   // whole row of the piece by neighbouring lanes.
   template <typename Access>
@@ -164,32 +158,6 @@ struct Piece {
       *reinterpret_cast<uint4*>(destination + row * stride + column) = vector;
     });
     __syncwarp();
-  }
-
-  // The lane's four vectors of a piece, taken from global memory: all of them in flight at once.
-  struct Vectors {
-    uint4 at[4];
-  };
-  static __device__ __forceinline__ Vectors load(const Element* source, int64_t stride, int rows,
-                                                 int columns) {
-    Vectors vectors;
-    const int column = Lane::id() % 8 * kVector;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + Lane::id() / 8;
-      vectors.at[i] = make_uint4(0, 0, 0, 0);
-      if (row < rows && column < columns) {
-        vectors.at[i] = *reinterpret_cast<const uint4*>(source + row * stride + column);
-      }
-    }
-    return vectors;
-  }
-  __device__ __forceinline__ void put(const Vectors& vectors) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(base + (i * 4 + Lane::id() / 8) * kPieceStride +
-                                Lane::id() % 8 * 16) = vectors.at[i];
-    }
   }
 };
 

@@ -25,14 +25,12 @@ struct StoreEpilogue {
     int32_t columns;
   };
 
-  using Early = NoPrefetch;
+  using Operand = NoOperand;
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
-
   static __device__ void run(const Params& params, const Work& work,
-                             float (&sums)[TileType::kAccumulators], const NoPrefetch&,
+                             float (&sums)[TileType::kAccumulators],
                              const WarpPlace& place) {
     const int rows = work.rows - place.row;
     if (rows <= 0) return;

@@ -33,13 +33,11 @@ struct UpEpilogue {
   static constexpr int kUpGroups = kColumns / 8;           // where the up half starts
   using Sums = float[TileType::kAccumulators];
 
-  using Early = NoPrefetch;
+  using Operand = NoOperand;
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
-
-  static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
+  static __device__ void run(const Params& params, const Work& work, Sums& sums,
                              const WarpPlace& place) {
     const int rows = work.rows - place.row;
     if (rows <= 0) return;

@@ -36,15 +36,13 @@ struct WeightGradientEpilogue {
   static constexpr int kWarpStagingBytes = kPieceBytes;
   using Sums = float[TileType::kAccumulators];
 
-  using Early = NoPrefetch;
+  using Operand = NoOperand;
 
   static __device__ int rows_of(const Params& params, const Work& work) {
     return params.rows - work.m;
   }
 
-  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
-
-  static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
+  static __device__ void run(const Params& params, const Work& work, Sums& sums,
                              const WarpPlace& place) {
     if (params.rows - work.m <= place.row) return;
     if (params.type == GradientType::fp32) {

@@ -197,9 +197,9 @@ void with_row_tile(const RowProblem& problem, const Launcher& launcher) {
                            : launcher.template run<128, Major::mn>();
 }
 
-// The crew of row tiles of kTileM: 64 rows are one warpgroup's, and too few to share weights over.
-template <int kTileM, Turns kTurns>
-using RowCrew = std::conditional_t<kTileM == 64, Crew<Turns::together, 1>, Crew<kTurns, 2>>;
+// CTAs of a cluster over row tiles of kTileM: 64 rows are too few to share weights over.
+template <int kTileM>
+inline constexpr int kRowCluster = kTileM == 64 ? 1 : 2;
 
 template <typename TileType, int kHalvesN, template <typename, int> class Producer,
           typename Epilogue>

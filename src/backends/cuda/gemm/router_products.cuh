@@ -25,7 +25,7 @@ struct LogitsLauncher {
     const bool vectors = logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 &&
                          reinterpret_cast<uintptr_t>(logits.data) % 16 == 0;
     using TileType =
-        Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor, Crew<Turns::together, 1>>;
+        Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor, 1>;
     if (vectors) {
       start<TileType, RowAlignment::vector>();
     } else {

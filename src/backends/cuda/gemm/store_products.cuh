@@ -21,7 +21,7 @@ struct StoreLauncher {
   template <int kTileM, Major kMajor>
   void run() const {
     using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
+        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
     using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
     launch_rows<G, kWideTileN>(

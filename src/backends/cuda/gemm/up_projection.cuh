@@ -18,7 +18,7 @@ struct UpProjectionLauncher {
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
     using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
+        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, kHalves, GatheredRows, UpEpilogue<TileType, kGating>>;
     launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
   }

@@ -45,7 +45,7 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   constexpr int kTileM = kGathered == Gathered::left ? kGatheredTile : kDirectTile;
   constexpr int kTileN = kGathered == Gathered::left ? kDirectTile : kGatheredTile;
   constexpr Axis kFastest = kGathered == Gathered::left ? Axis::m : Axis::n;
-  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, Crew<Turns::together, 2>>;
+  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, 2>;
   using G = Gemm<TileType, ColumnSchedule<TileType, kFastest>, GatheredColumns<TileType, kGathered>,
                  WeightGradientEpilogue<TileType>>;
   const GradientSide& gathered = kGathered == Gathered::left ? left : right;
