@@ -54,9 +54,19 @@ __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Returns once all committed stores of this thread have read their shared memory.
+// Returns once all but the last kPending committed groups of this thread have read their shared
+// memory.
+template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Brings one box of a 3-D tensor into L2.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Coordinates at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(at.c0), "r"(at.c1), "r"(at.c2)
+               : "memory");
 }
 
 // 16 bytes, or 16 zero bytes when `bytes` is 0 (the source is then not read). A row is read 128

@@ -8,19 +8,6 @@
 
 namespace penstock::cuda {
 
-// A matrix of `halves` times n columns as TMA sees it, in boxes of 64 columns.
-template <typename Element>
-CUtensorMap halves_map(const char* what, const TensorView& view, int64_t halves, int32_t rows) {
-  const int64_t n = view.size(1) / halves;
-  require_vectors(what, view.data, {view.stride(0)});
-  return make_tensor_map({what,
-                          view.data,
-                          kDTypeOf<Element>,
-                          {n, halves, view.size(0)},
-                          {n, view.stride(0)},
-                          {64, 1, rows}});
-}
-
 template <typename Element, Gating kGating>
 struct DownBackwardLauncher {
   const RowProblem& problem;
@@ -33,13 +20,12 @@ struct DownBackwardLauncher {
                           kRowCluster<kTileM>>;
     using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-    constexpr int kWarpRows = 16;
-    const RowGroups& rows = args.rows;
+        const RowGroups& rows = args.rows;
     launch_rows<G, kDownBackwardTileN>(
         problem,
         {halves_map<Element>("h", args.h, kHalves, kTileM),
-         {halves_map<Element>("dh", args.dh, kHalves, kWarpRows), rows_of(args.dh)},
-         {halves_map<Element>("a_scaled", args.a_scaled, 1, kWarpRows), rows_of(args.a_scaled)},
+         row_target<Element>("dh", args.dh, kHalves),
+         row_target<Element>("a_scaled", args.a_scaled, 1),
          rows_of(args.partials),
          args.scores.present() ? args.scores.template as<float>() : nullptr,
          rows.row_to_slot.present() ? rows.row_to_slot.template as<int32_t>() : nullptr,

@@ -13,19 +13,14 @@
 #pragma once
 
 #include "backends/cuda/gemm/epilogue_up.cuh"
+#include "backends/cuda/gemm/warp_store.cuh"
 
 namespace penstock::cuda {
 
-// A matrix that warps store 16 rows x 64 columns at a time: by TMA, or, at an expert's end, by rows.
-struct RowStore {
-  CUtensorMap map;  // (column, half, row)
-  Rows rows;
-};
-
 struct DownBackwardEpilogueParams {
   CUtensorMap h;  // (column, half, row), a box of 64 columns and the tile's rows
-  RowStore dh;
-  RowStore a_scaled;
+  RowTarget dh;
+  RowTarget a_scaled;
   Rows partials;               // fp32, a column per n tile
   const float* scores;         // null: 1
   const int32_t* row_to_slot;  // null: scores are per row
@@ -42,18 +37,28 @@ struct DownBackwardEpilogue {
   using Sums = float[TileType::kAccumulators];
 
   // A stage holds gate, up and A' of the tile's rows in 64 columns, swizzled like an A tile.
-  static constexpr int kSlotBytes = TileType::kM * 128;
-  static_assert((kHalves + 1) * kSlotBytes <= TileType::kStageBytes, "A' lies behind H");
+  static constexpr int kPartBytes = TileType::kM * 128;
+  static_assert((kHalves + 1) * kPartBytes <= TileType::kStageBytes, "A' lies behind H");
   struct Operand {
     static constexpr int kStages = TileType::kN / 64;
-    static constexpr int kBytes = kHalves * kSlotBytes;
+    static constexpr int kBytes = kHalves * kPartBytes;
     const Params& params;
+
+    // H into L2 while the products run, so that the loads below do not meet those of all other CTAs
+    // in DRAM: tiles end at about the same time everywhere, and 132 times 128 KB take 4 us.
+    __device__ void prefetch(const Work& work) const {
+#pragma unroll
+      for (int part = 0; part < kStages * kHalves; ++part) {
+        arch::tma_prefetch(&params.h, {work.n + part / kHalves * 64, part % kHalves,
+                                       static_cast<int32_t>(work.row_begin)});
+      }
+    }
 
     __device__ void load(const Work& work, int stage, uint32_t destination,
                          uint32_t barrier) const {
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        arch::tma_load(destination + half * kSlotBytes, &params.h, barrier,
+        arch::tma_load(destination + half * kPartBytes, &params.h, barrier,
                        {work.n + stage * 64, half, static_cast<int32_t>(work.row_begin)});
       }
     }
@@ -89,13 +94,6 @@ struct DownBackwardEpilogue {
   }
 
  private:
-  // Inside a warp's 16 rows of a slot: where the lane's row of ldmatrix and stmatrix lies for groups 0
-  // and 1. Groups g and g + 1, g even, are at this place with bits 4 to 6 turned over by g.
-  static __device__ uint32_t lane_offset() {
-    const uint32_t lane = threadIdx.x % 32;
-    return lane % 16 * 128 + ((lane / 16) ^ (lane % 8)) * 16;
-  }
-
   // What is worked on at a time: two groups of 8 columns. All of it is read before any of it is
   // written over, and no branch divides it: its eight elements a lane have long chains, which must
   // overlap.
@@ -110,7 +108,7 @@ struct DownBackwardEpilogue {
                                                  const Scores& scores, const WarpPlace& place,
                                                  Stages& stages) {
     float partial[2] = {0.0f, 0.0f};
-    const uint32_t offset = lane_offset();
+    const uint32_t offset = slot_lane_offset();
 #pragma unroll
     for (int chunk = 0; chunk < Operand::kStages; ++chunk) {
       const uint32_t slab = stages.take() + place.row * 128;
@@ -122,25 +120,25 @@ struct DownBackwardEpilogue {
           const uint32_t at = (slab + offset) ^ (group * 16);
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
-            arch::load_matrix(at + half * kSlotBytes, batch.half[half]);
+            arch::load_matrix(at + half * kPartBytes, batch.half[half]);
           }
           differentiate(function, params.activation, sums, {chunk * 8 + group, valid - group * 8},
                         scores, batch, partial);
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
-            arch::store_matrix(at + half * kSlotBytes, batch.half[half]);
+            arch::store_matrix(at + half * kPartBytes, batch.half[half]);
           }
-          arch::store_matrix(at + kHalves * kSlotBytes, batch.scaled);
+          arch::store_matrix(at + kHalves * kPartBytes, batch.scaled);
         }
       }
       arch::fence_proxy_async_shared();
-      arch::bulk_wait_read();
+      arch::bulk_wait_read<0>();
       if (chunk > 0) stages.give_back_second_last();
       __syncwarp();
       store(params, work, place, slab, chunk * 64);
     }
     if (params.partials.data != nullptr) store_partials(params, work, place, partial);
-    arch::bulk_wait_read();
+    arch::bulk_wait_read<0>();
     stages.give_back_last();
   }
 
@@ -185,44 +183,16 @@ struct DownBackwardEpilogue {
   // dH and A' of one stage, columns `first` on of the tile.
   static __device__ __forceinline__ void store(const Params& params, const Work& work,
                                                const WarpPlace& place, uint32_t slab, int first) {
-    const int rows = work.rows - place.row;
-    const int column = work.n + first;
-    if (rows >= 16) {
-      if (Lane::id() == 0) {
-        const auto row = static_cast<int32_t>(work.row_begin + place.row);
+    const SlotExtent extent = {work.rows - place.row, params.columns - work.n - first};
+    const auto row = static_cast<int32_t>(work.row_begin + place.row);
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          arch::tma_store(slab + half * kSlotBytes, &params.dh.map, {column, half, row});
-        }
-        arch::tma_store(slab + kHalves * kSlotBytes, &params.a_scaled.map, {column, 0, row});
-        arch::bulk_commit();
-      }
-      return;
+    for (int half = 0; half < kHalves; ++half) {
+      WarpStore<Element>::rows(params.dh, {work.n + first, half, row}, extent, params.columns,
+                               slab + half * kPartBytes);
     }
-#pragma unroll 1
-    for (int slot = 0; slot <= kHalves; ++slot) {
-      const Rows& out = slot < kHalves ? params.dh.rows : params.a_scaled.rows;
-      const int64_t to = (work.row_begin + place.row) * out.stride + column +
-                         (slot < kHalves ? slot * params.columns : 0);
-      store_end(static_cast<Element*>(out.data) + to, out.stride, slab + slot * kSlotBytes,
-                {rows, params.columns - column});
-    }
-  }
-
-  struct Extent {
-    int rows;
-    int columns;
-  };
-
-  // The last rows of an expert: what comes after them in memory is another's.
-  static __device__ __forceinline__ void store_end(Element* out, int64_t stride, uint32_t slab,
-                                                   Extent extent) {
-    const int chunk = Lane::id() % 8;
-    if (chunk * 8 >= extent.columns) return;
-    for (int row = Lane::id() / 8; row < extent.rows; row += 4) {
-      *reinterpret_cast<uint4*>(out + row * stride + chunk * 8) =
-          arch::load_shared_16(slab + row * 128 + (chunk ^ (row & 7)) * 16);
-    }
+    WarpStore<Element>::rows(params.a_scaled, {work.n + first, 0, row}, extent, 0,
+                             slab + kHalves * kPartBytes);
+    arch::bulk_commit();
   }
 
   static __device__ float score_of(const Params& params, int64_t first_row, int row, int rows) {

@@ -24,8 +24,8 @@ struct Gemm {
   using Operand = typename Epilogue::Operand;
 
   static constexpr int kStagingBytes = Tile::kConsumerWarps * Epilogue::kWarpStagingBytes;
-  static constexpr int kBarrierBytes = 256;
-  static constexpr int kAlignment = 1024;
+  static constexpr int kAlignment = 1024;  // of what is swizzled
+  static constexpr int kBarrierBytes = kAlignment;
   static constexpr int kStagesThatFit =
       (kSharedLimit - kAlignment - kStagingBytes - kBarrierBytes) / Tile::kStageBytes;
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
