@@ -22,13 +22,13 @@ std::string too_many(std::string_view what, int64_t value, int64_t most) {
 }  // namespace
 
 std::string why_not_router(const RouteProblem& problem) {
-  if (problem.selection == Selection::given)
-    return "it has no kernel that scores given ids; replay on the CPU, or bring scores of your own";
   if (is_softmax(problem.kind)) {
     if (problem.num_experts > kMaxExperts)
       return too_many("num_experts", problem.num_experts, kMaxExperts);
     return problem.top_k > kMaxTopK ? too_many("top_k", problem.top_k, kMaxTopK) : std::string();
   }
+  if (problem.selection == Selection::given)
+    return "it has no kernel that scores given ids; replay on the CPU, or bring scores of your own";
   const bool sigmoid = problem.kind == RouterKind::sigmoid_topk;
   const int64_t most = sigmoid ? kMaxSigmoidExperts : kMaxPairExperts;
   if (problem.num_experts > most) return too_many("num_experts", problem.num_experts, most);
