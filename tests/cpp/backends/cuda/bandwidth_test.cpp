@@ -231,7 +231,10 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanTest,
                                            PlanShape{3000, 128, 8, 1500, DType::int64},
                                            PlanShape{777, 1024, 4, 0, DType::int64},
                                            PlanShape{5000, 1025, 3, 0, DType::int32},
-                                           PlanShape{2000, 8192, 16, 0, DType::int32}));
+                                           PlanShape{2000, 8192, 16, 0, DType::int32},
+                                           // Chunks of several blocks, and of as many as may be.
+                                           PlanShape{70000, 16, 3, 0, DType::int32},
+                                           PlanShape{64000, 8192, 8, 0, DType::int32}));
 
 class CombineTest : public CudaTest, public ::testing::WithParamInterface<DType> {};
 
