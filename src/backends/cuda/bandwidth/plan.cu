@@ -83,12 +83,39 @@ __device__ int32_t expert_of(const PlanParams& params, int64_t slot) {
   return id >= 0 && id < params.num_experts ? static_cast<int32_t>(id) : -1;
 }
 
-__device__ int32_t token_of(const PlanParams& params, int64_t slot) {
+// Tokens that slots may belong to: first to last.
+struct TokenRange {
+  int64_t first;
+  int64_t last;
+};
+
+// The last token whose offset is <= slot, found by a warp for all its lanes.
+__device__ int64_t token_by_warp(const PlanParams& params, int64_t slot) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int64_t low = 0;
+  int64_t high = params.num_tokens;
+  while (high - low > 1) {
+    const int64_t step = (high - low + 31) / 32;
+    const int64_t probe = low + lane * step;
+    const bool before = probe < high && (lane == 0 || params.token_offsets_in[probe] <= slot);
+    low += (__popc(__ballot_sync(kFullMask, before)) - 1) * step;
+    high = min(low + step, high);
+  }
+  return low;
+}
+
+// Where the slots [first, end) have tokens with differing numbers of experts.
+__device__ TokenRange tokens_of(const PlanParams& params, int64_t first, int64_t end) {
+  if (params.top_k > 0 || first >= params.num_slots) return {0, 0};
+  return {token_by_warp(params, first), token_by_warp(params, min(end, params.num_slots) - 1)};
+}
+
+__device__ int32_t token_of(const PlanParams& params, int64_t slot, const TokenRange& tokens) {
   if (params.top_k > 0) {  // in 32 bits, which slots fit in: a division of 64 is a function call
     return static_cast<int32_t>(static_cast<uint32_t>(slot) / static_cast<uint32_t>(params.top_k));
   }
-  int64_t low = 0;  // last token whose offset is <= slot
-  int64_t high = params.num_tokens;
+  int64_t low = tokens.first;
+  int64_t high = tokens.last + 1;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     if (params.token_offsets_in[middle] <= slot) {
@@ -115,16 +142,6 @@ __global__ void __launch_bounds__(kCountThreads) plan_count_kernel(const PlanPar
   for (int e = threadIdx.x; e < params.columns; e += kCountThreads) {
     counters[e] = static_cast<uint16_t>(histogram[e]);
   }
-}
-
-__device__ int32_t warp_inclusive_scan(int32_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int32_t below = __shfl_up_sync(kFullMask, value, offset);
-    if (lane >= offset) value += below;
-  }
-  return value;
 }
 
 // totals[e]: slots of expert e; rows[e]: those in the chunks before `chunk`. Both start at 0.
@@ -169,7 +186,7 @@ __device__ int32_t scan_totals(const PlanParams& params, const int32_t* totals, 
   const int last = min(first + per_thread, params.num_experts);
   int32_t sum = 0;
   for (int e = first; e < last; ++e) sum += totals[e];
-  const int32_t inclusive = warp_inclusive_scan(sum);
+  const int32_t inclusive = warp_inclusive_sum(sum);
   if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
   __syncthreads();
   int32_t running = inclusive - sum;
@@ -203,6 +220,7 @@ __device__ void write_expert_arrays(const PlanParams& params, const int32_t* tot
 template <typename Block, typename Id>
 __device__ void place_slots(const PlanParams& params, int64_t first, int32_t* next) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const TokenRange tokens = tokens_of(params, first, first + Block::kSlotsPerWarp);
   for (int i = lane; i < Block::kSlotsPerWarp; i += 32) {
     const int64_t slot = first + i;
     const int32_t expert = expert_of<Id>(params, slot);
@@ -218,7 +236,7 @@ __device__ void place_slots(const PlanParams& params, int64_t first, int32_t* ne
     params.slot_to_row[slot] = placed ? static_cast<int32_t>(row) : -1;
     if (placed) {
       params.row_to_slot[row] = static_cast<int32_t>(slot);
-      params.row_to_token[row] = token_of(params, slot);
+      params.row_to_token[row] = token_of(params, slot, tokens);
     }
   }
 }

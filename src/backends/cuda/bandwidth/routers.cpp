@@ -27,8 +27,6 @@ std::string why_not_router(const RouteProblem& problem) {
       return too_many("num_experts", problem.num_experts, kMaxExperts);
     return problem.top_k > kMaxTopK ? too_many("top_k", problem.top_k, kMaxTopK) : std::string();
   }
-  if (problem.selection == Selection::given)
-    return "it has no kernel that scores given ids; replay on the CPU, or bring scores of your own";
   const bool sigmoid = problem.kind == RouterKind::sigmoid_topk;
   const int64_t most = sigmoid ? kMaxSigmoidExperts : kMaxPairExperts;
   if (problem.num_experts > most) return too_many("num_experts", problem.num_experts, most);

@@ -86,16 +86,11 @@ __device__ int gather_candidates(const LaneValues<kPerLane>& values, float bound
   for (int i = 0; i < kPerLane; ++i) {
     if (values.value[i] >= bound) reaching |= 1u << i;
   }
-  int end = __popc(reaching);
-  int next = -end;
-#pragma unroll
-  for (int offset = 1; offset < WarpTeam::kSize; offset *= 2) {
-    const int below = __shfl_up_sync(kFullMask, end, offset);
-    if (lane >= offset) end += below;
-  }
+  const int mine = __popc(reaching);
+  const int end = warp_inclusive_sum(mine);
   const int count = __shfl_sync(kFullMask, end, WarpTeam::kSize - 1);
   if (count > kCandidates) return count;
-  next += end;
+  int next = end - mine;
   __syncwarp();  // an earlier call's candidates have been read
   for (; reaching != 0; reaching &= reaching - 1) {
     // Read again, which is cheap: a register cannot be named by a number.
