@@ -2,7 +2,7 @@
 //
 // The backward pass, whole or in two halves. In order: (recompute H under SavePolicy::input),
 // down_backward (dH, A' and the partial sums of dS), score_gradient, dW2 and db2, up_backward
-// (dX~), dW1 and db1, combine (dX). A launch whose every result is absent is left out.
+// (dX~), dW1 beside combine (dX), db1. A launch whose every result is absent is left out.
 #include "backend/registry.h"
 #include "experts/launches.h"
 #include "experts/problem.h"
@@ -90,25 +90,29 @@ class BackwardCall {
 
   void up() { backend_.up_backward({rows_, dh_, up_, dx_rows_, scratch_}, context_); }
 
-  void up_weight_gradients() {
-    const WeightGrads& grads = args_.weight_grads;
-    const UpWeights out = up_weights_of(grads.into, args_.config);
-    if (out.w[0].present())
-      backend_.weight_gradient({rows_, dh_, RowAccess::direct, args_.x, RowAccess::gathered, out.w,
-                                out.halves, grads.mode, grads.trainable, scratch_},
-                               context_);
-    if (out.b[0].present())
-      backend_.bias_gradient({rows_, dh_, RowAccess::direct, TensorView{}, out.b, out.halves,
-                              grads.mode, grads.trainable, scratch_},
-                             context_);
+  // dW1 of the second half of a pass.
+  void up_weight_gradient() { backend_.weight_gradient(up_weight_gradient_args(), context_); }
+
+  // dX from dX~.
+  void combine() { backend_.combine(combine_args(), context_); }
+
+  // Both, which share nothing but what they read.
+  void up_weight_gradient_beside_combine() {
+    backend_.weight_gradient_beside_combine({up_weight_gradient_args(), combine_args()}, context_);
   }
 
-  void combine() {
-    if (!args_.plan.dispatched())
-      backend_.combine({args_.plan, dx_rows_, TensorView{}, args_.dx}, context_);
+  void up_bias_gradient() {
+    const WeightGrads& grads = args_.weight_grads;
+    const UpWeights out = up_weights_of(grads.into, args_.config);
+    backend_.bias_gradient({rows_, dh_, RowAccess::direct, TensorView{}, out.b, out.halves,
+                            grads.mode, grads.trainable, scratch_},
+                           context_);
   }
 
   bool wants_dx() const { return args_.dx.present(); }
+  bool combines() const { return wants_dx() && !args_.plan.dispatched(); }
+  bool wants_up_weights() const { return args_.weight_grads.into.w1.present(); }
+  bool wants_up_biases() const { return args_.weight_grads.into.b1.present(); }
   bool wants_row_gradients() const {
     const ExpertWeights& into = args_.weight_grads.into;
     return wants_dx() || args_.dscores.present() || args_.delayed.dh.present() ||
@@ -116,6 +120,14 @@ class BackwardCall {
   }
 
  private:
+  WeightGradientArgs up_weight_gradient_args() const {
+    const WeightGrads& grads = args_.weight_grads;
+    const UpWeights out = up_weights_of(grads.into, args_.config);
+    return {rows_, dh_,        RowAccess::direct, args_.x,         RowAccess::gathered,
+            out.w, out.halves, grads.mode,        grads.trainable, scratch_};
+  }
+  CombineArgs combine_args() const { return {args_.plan, dx_rows_, TensorView{}, args_.dx}; }
+
   const ExpertsBackwardArgs& args_;
   const ExpertsProblem& problem_;
   const Backend& backend_;
@@ -152,11 +164,21 @@ void run(const ExpertsBackwardArgs& args, BackwardPass pass, const Context& cont
 
   BackwardCall call(args, problem, backend, context);
   call.place(layout);
-  if (pass != BackwardPass::weights && call.wants_row_gradients()) call.down();
-  if (pass != BackwardPass::data) call.down_weight_gradients();
-  if (pass != BackwardPass::weights && call.wants_dx()) call.up();
-  if (pass != BackwardPass::data) call.up_weight_gradients();
-  if (pass != BackwardPass::weights && call.wants_dx()) call.combine();
+  const bool data = pass != BackwardPass::weights;
+  const bool weights = pass != BackwardPass::data;
+  if (data && call.wants_row_gradients()) call.down();
+  if (weights) call.down_weight_gradients();
+  if (data && call.wants_dx()) call.up();
+  const bool combines = data && call.combines();
+  const bool up_weights = weights && call.wants_up_weights();
+  if (combines && up_weights) {
+    call.up_weight_gradient_beside_combine();
+  } else if (combines) {
+    call.combine();
+  } else if (up_weights) {
+    call.up_weight_gradient();
+  }
+  if (weights && call.wants_up_biases()) call.up_bias_gradient();
 }
 
 int64_t bytes_of(const ExpertsProblem& problem, BackwardPass pass, const Context& context) {
