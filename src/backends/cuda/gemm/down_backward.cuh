@@ -11,15 +11,27 @@ namespace penstock::cuda {
 template <typename Element, Gating kGating>
 struct DownBackwardLauncher {
   const RowProblem& problem;
-  const DownBackwardEpilogueParams& epilogue;
+  const DownBackwardArgs& args;
   const Context& context;
 
   template <int kTileM, Major kMajor>
   void run() const {
     using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor,
-                          RowCrew<kTileM, Turns::alternating>>;
+                          kRowCluster<kTileM>>;
     using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
-    launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
+    constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
+        const RowGroups& rows = args.rows;
+    launch_rows<G, kDownBackwardTileN>(
+        problem,
+        {halves_map<Element>("h", args.h, kHalves, kTileM),
+         row_target<Element>("dh", args.dh, kHalves),
+         row_target<Element>("a_scaled", args.a_scaled, 1),
+         rows_of(args.partials),
+         args.scores.present() ? args.scores.template as<float>() : nullptr,
+         rows.row_to_slot.present() ? rows.row_to_slot.template as<int32_t>() : nullptr,
+         activation_of(args.activation),
+         static_cast<int32_t>(args.a_scaled.size(1))},
+        context);
   }
 };
 
@@ -44,24 +56,10 @@ void down_backward(const DownBackwardArgs& args, const Context& context) {
        w.row_stride},
       groups_of(args.rows),
       args.rows.row_capacity};
-  const DownBackwardEpilogueParams epilogue = {
-      rows_of(args.h),
-      rows_of(args.dh),
-      rows_of(args.a_scaled),
-      rows_of(args.partials),
-      args.scores.present() ? args.scores.template as<float>() : nullptr,
-      args.rows.row_to_slot.present() ? args.rows.row_to_slot.template as<int32_t>() : nullptr,
-      activation_of(args.activation),
-      static_cast<int32_t>(n)};
-  require_vectors("h", args.h.data, {args.h.stride(0)});
-  require_vectors("dh", args.dh.data, {args.dh.stride(0)});
-  require_vectors("a_scaled", args.a_scaled.data, {args.a_scaled.stride(0)});
   if (is_gated(args.activation.kind)) {
-    with_row_tile(problem,
-                  DownBackwardLauncher<Element, Gating::gated>{problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::gated>{problem, args, context});
   } else {
-    with_row_tile(problem,
-                  DownBackwardLauncher<Element, Gating::plain>{problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::plain>{problem, args, context});
   }
 }
 

@@ -34,21 +34,23 @@ struct ContiguousRows {
   using Params = RowOperands;
   using Weights = LoadWeights<TileType, kHalvesN>;
 
-  template <typename Schedule, typename RingType>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+  template <typename Schedule, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+                             const Operand&) {
+    static_assert(Operand::kStages == 0, "only gathered rows bring an epilogue's operand");
     if (threadIdx.x >= 32) return;
     typename RingType::State state;
     Work work;
     while (schedule.next(work)) {
       StageK at{0, 0};
       for (int tile = 0; tile < work.k_tiles; ++tile) {
-        arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
+        arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
         if (threadIdx.x == 0) {
-          const uint32_t full = ring.full(state.stage);
+          const uint32_t full = ring.full(state.stage());
           arch::barrier_arrive_expect(full, TileType::kBytesA + Weights::kBytes);
-          arch::tma_load(ring.a(state.stage), &params.rows, full,
+          arch::tma_load(ring.a(state.stage()), &params.rows, full,
                          {at.k, at.half, static_cast<int32_t>(work.row_begin)});
-          Weights::issue(params.weights, work, at, ring.b(state.stage), full);
+          Weights::issue(params.weights, work, at, ring.b(state.stage()), full);
         }
         state.advance();
         at.k += kTileK;
@@ -71,8 +73,9 @@ struct GatheredRows {
   using Weights = LoadWeights<TileType, kHalvesN>;
   static_assert(TileType::kMajorA == Major::k, "token rows are contiguous along k");
 
-  template <typename Schedule, typename RingType>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+  template <typename Schedule, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+                             const Operand& operand) {
     const int thread = threadIdx.x;
     const int first_row = thread / 8;
     const int chunk = thread % 8;  // 16 bytes of the row's 128
@@ -92,16 +95,19 @@ struct GatheredRows {
         rows[i] = static_cast<const Element*>(params.data) + token * params.row_stride + chunk * 8;
         valid |= (exists ? 1u : 0u) << i;
       }
+      if constexpr (Operand::kStages > 0) {
+        if (thread == 0) operand.prefetch(work);
+      }
       for (int tile = 0; tile < work.k_tiles; ++tile) {
-        arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
-        const uint32_t full = ring.full(state.stage);
+        arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
+        const uint32_t full = ring.full(state.stage());
         if (thread == 0) {
           arch::barrier_arrive_expect(full, Weights::kBytes);
-          Weights::issue(params.weights, work, {0, tile * kTileK}, ring.b(state.stage), full);
+          Weights::issue(params.weights, work, {0, tile * kTileK}, ring.b(state.stage()), full);
         }
         const int32_t k = tile * kTileK;
         const uint32_t live = k + chunk * 8 < params.k_extent ? valid : 0;
-        const uint32_t destination = ring.a(state.stage) + offset;
+        const uint32_t destination = ring.a(state.stage()) + offset;
 #pragma unroll
         for (int i = 0; i < kRowsPerThread; ++i) {
           arch::copy_async_16(destination + i * 16 * 128, rows[i] + k, (live >> i & 1) * 16);
@@ -109,10 +115,26 @@ struct GatheredRows {
         arch::copy_async_arrive(full);
         state.advance();
       }
+      if constexpr (Operand::kStages > 0) fill_operand(operand, work, ring, state);
     }
   }
 
  private:
+  template <typename Operand, typename RingType>
+  static __device__ void fill_operand(const Operand& operand, const Work& work,
+                                      const RingType& ring, typename RingType::State& state) {
+    for (int i = 0; i < Operand::kStages; ++i) {
+      arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
+      const uint32_t full = ring.full(state.stage());
+      if (threadIdx.x == 0) {
+        arch::barrier_arrive_expect(full, Operand::kBytes);
+        operand.load(work, i, ring.a(state.stage()), full);
+      }
+      arch::barrier_arrive(full);  // in place of the lane's copies
+      state.advance();
+    }
+  }
+
   static __device__ int32_t token_of(const Params& params, int64_t row) {
     return params.row_to_token == nullptr ? static_cast<int32_t>(row) : params.row_to_token[row];
   }

@@ -21,18 +21,18 @@ struct StoreLauncher {
   template <int kTileM, Major kMajor>
   void run() const {
     using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
-    using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
-    using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
-    launch_rows<G, kWideTileN>(
-        problem, {rows_of(out), bias_of(bias), scale, static_cast<int32_t>(problem.b.n_extent)},
-        context);
+        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
+    using G = RowGemm<TileType, 1, ContiguousRows, StoreEpilogue<TileType>>;
+    launch_rows<G, kWideTileN>(problem,
+                               {row_target<Element>("output rows", out, 1),
+                                {bias_of(bias), scale},
+                                static_cast<int32_t>(problem.b.n_extent)},
+                               context);
   }
 };
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
-  require_vectors("output rows", output.out.data, {output.out.stride(0)});
   with_row_tile(problem,
                 StoreLauncher<Element>{problem, output.out, output.bias, output.scale, context});
 }

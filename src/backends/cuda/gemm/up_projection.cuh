@@ -18,7 +18,7 @@ struct UpProjectionLauncher {
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
     using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
+        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, kHalves, GatheredRows, UpEpilogue<TileType, kGating>>;
     launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
   }
@@ -44,13 +44,11 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
                                w.w[0].col_stride},
                               groups_of(args.rows),
                               args.rows.row_capacity};
-  const UpEpilogueParams epilogue = {rows_of(args.h),
-                                     rows_of(args.a),
+  const UpEpilogueParams epilogue = {row_target<Element>("h", args.h, w.halves),
+                                     row_target<Element>("a", args.a, 1),
                                      {bias_of(w.b[0]), bias_of(w.b[1])},
                                      activation_of(args.activation),
                                      static_cast<int32_t>(n)};
-  if (args.h.present()) require_vectors("h", args.h.data, {args.h.stride(0)});
-  if (args.a.present()) require_vectors("a", args.a.data, {args.a.stride(0)});
   if (w.halves == 2) {
     with_row_tile(problem,
                   UpProjectionLauncher<Element, Gating::gated>{problem, epilogue, context});

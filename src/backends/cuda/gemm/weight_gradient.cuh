@@ -53,7 +53,7 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   constexpr int kTileM = kGathered == Gathered::left ? kGatheredTile : kDirectTile;
   constexpr int kTileN = kGathered == Gathered::left ? kDirectTile : kGatheredTile;
   constexpr Axis kFastest = kGathered == Gathered::left ? Axis::m : Axis::n;
-  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, Crew<Turns::together, 2>>;
+  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, 2>;
   using G = Gemm<TileType, ColumnSchedule<TileType, kFastest>, GatheredColumns<TileType, kGathered>,
                  WeightGradientEpilogue<TileType>, CombineCompany<TileType>>;
   static_assert(CombineCompany<TileType>::kSharedBytes <= G::kSharedBytes - G::kAlignment,
@@ -81,6 +81,19 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   launch<G>("weight_gradient", params, per_expert * args.rows.num_experts(), context, company.ctas);
 }
 
+// One half of the output where TMA stores it; fp32 gradients and added ones are stored by threads.
+template <typename Element>
+CUtensorMap gradient_map(const WeightGradientEpilogueParams& epilogue, const GroupedMatrix& out,
+                         int64_t stride, int64_t num_experts) {
+  if (epilogue.type == GradientType::fp32) return {};
+  return make_tensor_map({"weight gradient",
+                          out.data,
+                          kDTypeOf<Element>,
+                          {epilogue.columns, epilogue.rows, num_experts},
+                          {stride, num_experts == 1 ? 8 : out.expert_stride},
+                          {64, kSlotRows, 1}});
+}
+
 template <typename Element>
 void weight_gradient_with(const WeightGradientArgs& args, const Company& company,
                           const Context& context) {
@@ -95,6 +108,11 @@ void weight_gradient_with(const WeightGradientArgs& args, const Company& company
   const GradientSide& left = swap ? right_op : left_op;
   const GradientSide& right = swap ? left_op : right_op;
   WeightGradientEpilogueParams epilogue = {};
+  epilogue.rows = static_cast<int32_t>(left.view.size(1) / left.halves);
+  epilogue.columns = static_cast<int32_t>(right.view.size(1) / right.halves);
+  epilogue.accumulate = args.mode == GradMode::accumulate ? Accumulate::yes : Accumulate::no;
+  epilogue.type = args.out[0].dtype == DType::float32 ? GradientType::fp32 : GradientType::element;
+  const int64_t num_experts = args.rows.num_experts();
   const int64_t fp32_vectors = args.out[0].dtype == DType::float32 ? 2 : 1;
   for (size_t half = 0; half < static_cast<size_t>(args.halves); ++half) {
     const GroupedMatrix& out = args.out[half];
@@ -108,13 +126,10 @@ void weight_gradient_with(const WeightGradientArgs& args, const Company& company
     }
     require_vectors("weight gradient", out.data,
                     {stride * fp32_vectors,
-                     args.rows.num_experts() == 1 ? 0 : out.expert_stride * fp32_vectors});
-    epilogue.out[half] = {out.data, out.expert_stride, stride};
+                     num_experts == 1 ? 0 : out.expert_stride * fp32_vectors});
+    epilogue.out[half] = {gradient_map<Element>(epilogue, out, stride, num_experts), out.data,
+                          out.expert_stride, stride};
   }
-  epilogue.rows = static_cast<int32_t>(left.view.size(1) / left.halves);
-  epilogue.columns = static_cast<int32_t>(right.view.size(1) / right.halves);
-  epilogue.accumulate = args.mode == GradMode::accumulate ? Accumulate::yes : Accumulate::no;
-  epilogue.type = args.out[0].dtype == DType::float32 ? GradientType::fp32 : GradientType::element;
   if (left.access == RowAccess::gathered) {
     launch_gradient<Element, Gathered::left>(left, right, args, epilogue, company, context);
   } else {
