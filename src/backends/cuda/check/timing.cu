@@ -8,7 +8,6 @@
 #include "backends/cuda/check/checks.h"
 #include "backends/cuda/gemm/config.h"
 #include "backends/cuda/gemm/products.h"
-#include "backends/cuda/launch.h"
 
 namespace penstock::cuda::check {
 namespace {
@@ -52,8 +51,10 @@ class Timer {
 // dW1 and dX's combine one after the other, then beside each other by how many CTAs combine.
 void time_combine_beside(const char* name, const Layer<__nv_bfloat16>& layer, Timer& timer) {
   const LayerShape& s = layer.shape;
+  int multiprocessors = 0;
+  require(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "device");
   const int32_t chosen =
-      combine_ctas({layer.rows, s.tokens, s.d, layer.h_size, s.experts}, multiprocessors({}));
+      combine_ctas({layer.rows, s.tokens, s.d, layer.h_size, s.experts}, multiprocessors);
   const float apart = timer.median_ms([&] {
     launch_weight_gradient(layer.dw1_args(), {});
     combine(layer.dx_args(), {});
