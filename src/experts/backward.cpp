@@ -2,8 +2,8 @@
 //
 // The backward pass, whole or in two halves. In order: (recompute H under SavePolicy::input),
 // down_backward (dH, A' and the partial sums of dS), score_gradient, dW2 and db2; for each block of
-// columns up_backward (dX~), dW1 beside combine (dX); db1. A launch whose every result is absent is
-// left out.
+// columns up_backward (dX~), combine (dX), dW1; db1. A launch whose every result is absent is left
+// out.
 #include <algorithm>
 
 #include "backend/registry.h"
@@ -89,24 +89,19 @@ class BackwardCall {
                              context_);
   }
 
-  // dX~ in some columns, then dX from it and dW1 beside each other, which share nothing but what
-  // they read.
+  // dX~ in some columns, dX from it, and dW1 in the same columns.
   void up(BackwardPass pass, const HiddenColumns& columns) {
     const bool wants_dx = pass != BackwardPass::weights && args_.dx.present();
-    const bool wants_dw1 = pass != BackwardPass::data && args_.weight_grads.into.w1.present();
     const bool dispatched = args_.plan.dispatched();
-    const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
-    if (wants_dx)
+    if (wants_dx) {
+      const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
       backend_.up_backward({rows_, dh_, columns_of(up_, columns), dx_rows, scratch_}, context_);
-    if (wants_dx && !dispatched) {
-      const CombineArgs combine = {args_.plan, dx_rows, TensorView{},
-                                   columns_of(args_.dx, columns)};
-      if (wants_dw1)
-        return backend_.weight_gradient_beside_combine({up_weight_gradient_args(columns), combine},
-                                                       context_);
-      return backend_.combine(combine, context_);
+      if (!dispatched)
+        backend_.combine({args_.plan, dx_rows, TensorView{}, columns_of(args_.dx, columns)},
+                         context_);
     }
-    if (wants_dw1) backend_.weight_gradient(up_weight_gradient_args(columns), context_);
+    if (pass != BackwardPass::data && args_.weight_grads.into.w1.present())
+      backend_.weight_gradient(up_weight_gradient_args(columns), context_);
   }
 
   void up_bias_gradient() {
