@@ -37,6 +37,8 @@ struct Fp32Product {
   int64_t k_slice;  // of one blockIdx.z, a multiple of kStep
   float* out;       // (slices, rows of a, rows of b), rows packed
   int64_t row_stride;
+  const float* addend = nullptr;  // (rows of a, rows of b), null: none
+  int64_t addend_stride = 0;
 };
 
 // kTile x kStep elements of one side, the contiguous axis across neighbouring threads.
@@ -93,7 +95,12 @@ __global__ void __launch_bounds__(kThreads) fp32_product_kernel(const Fp32Produc
   float* out = params.out + blockIdx.z * params.a.rows * params.row_stride;
   for (int i = 0; i < kPerThread && first_row + row + i < params.a.rows; ++i) {
     for (int j = 0; j < kPerThread && first_column + column + j < params.b.rows; ++j) {
-      out[(first_row + row + i) * params.row_stride + first_column + column + j] = sums[i][j];
+      float sum = sums[i][j];
+      if (params.addend != nullptr) {
+        sum +=
+            params.addend[(first_row + row + i) * params.addend_stride + first_column + column + j];
+      }
+      out[(first_row + row + i) * params.row_stride + first_column + column + j] = sum;
     }
   }
 }
@@ -160,7 +167,8 @@ void router_logits_backward<float>(const RouterLogitsBackwardArgs& args, const C
     const Side weight = {args.router_weight.as<float>(), 1, args.router_weight.stride(0),
                          args.x.size(1)};
     launch_product({dlogits, weight, num_experts, ceil_div(num_experts, kStep) * kStep,
-                    args.dx.as<float>(), args.dx.stride(0)},
+                    args.dx.as<float>(), args.dx.stride(0), args.addend.as<float>(),
+                    args.addend.present() ? args.addend.stride(0) : 0},
                    "router input gradient", context);
   }
   if (args.drouter_weight.present()) weight_gradient_fp32(args, context);
