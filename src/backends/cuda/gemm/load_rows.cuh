@@ -95,9 +95,6 @@ struct GatheredRows {
         rows[i] = static_cast<const Element*>(params.data) + token * params.row_stride + chunk * 8;
         valid |= (exists ? 1u : 0u) << i;
       }
-      if constexpr (Operand::kStages > 0) {
-        if (thread == 0) operand.prefetch(work);
-      }
       for (int tile = 0; tile < work.k_tiles; ++tile) {
         arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
         const uint32_t full = ring.full(state.stage());
