@@ -13,9 +13,7 @@ namespace penstock::cuda {
 template <typename Element>
 struct StoreLauncher {
   const RowProblem& problem;
-  const TensorView& out;
-  const GroupedVector& bias;
-  const float* scale;
+  const StoreOutput& output;
   const Context& context;
 
   template <int kTileM, Major kMajor>
@@ -24,8 +22,8 @@ struct StoreLauncher {
         Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, 1, ContiguousRows, StoreEpilogue<TileType>>;
     launch_rows<G, kWideTileN>(problem,
-                               {row_target<Element>("output rows", out, 1),
-                                {bias_of(bias), scale},
+                               {row_target<Element>("output rows", output.out, 1),
+                                {bias_of(output.bias), output.scale, rows_of(output.addend)},
                                 static_cast<int32_t>(problem.b.n_extent)},
                                context);
   }
@@ -33,8 +31,9 @@ struct StoreLauncher {
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
-  with_row_tile(problem,
-                StoreLauncher<Element>{problem, output.out, output.bias, output.scale, context});
+  if (output.addend.present())
+    require_vectors("addend", output.addend.data, {output.addend.stride(0)});
+  with_row_tile(problem, StoreLauncher<Element>{problem, output, context});
 }
 
 template <typename Element>
