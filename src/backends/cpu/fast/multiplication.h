@@ -93,6 +93,7 @@ class Multiplication {
   ProductExtents largest_extents() const;
   bool right_stays_in_place() const;
   bool words_lie_along_k(const PackArgs& block) const;
+  bool words_lie_across_k(const PackArgs& block) const;
 
   PackArgs block_of(const Operand& operand, int64_t expert, int64_t outer_begin,
                     const Step& step) const;
@@ -100,7 +101,10 @@ class Multiplication {
   void for_each_step(int64_t expert, const Function& function) const;
   TileMode tile_mode(const Task& task, const Step& step) const;
   void place_sums(Task& task) const;
-  void pack_right(const Task& task, const Step& step) const;
+  PackArgs right_panel(const Task& task, const Step& step, int64_t index) const;
+  void take_left(const Task& task, const PackArgs& left, const void** table,
+                 BlockArgs& multiply) const;
+  void multiply_first_rows(const Task& task, const Step& step, const BlockArgs& multiply) const;
   void run_step(const Task& task, const Step& step) const;
   void run_few_rows(const Task& task) const;
   void run_few_rows_step(const Task& task, const Step& step) const;
