@@ -6,16 +6,16 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "backends/cpu/fast/grouped_product.h"
 
 namespace penstock::cpu::fast {
 
-inline constexpr int64_t kLine = 16;          // words of a cache line
-inline constexpr int64_t kPackRows = 96;      // rows packed at a time, rounded up to whole panels
-inline constexpr int64_t kMaxPackRows = 128;  // after rounding
-inline constexpr int64_t kFewRows = 128;      // of a task whose operands change sides
+inline constexpr int64_t kLine = 16;      // words of a cache line
+inline constexpr int64_t kPackRows = 96;  // rows packed at a time, rounded up to whole panels
+inline constexpr int64_t kFewRows = 128;  // of a task whose operands change sides
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int64_t blocks_of(int64_t value, int64_t size) { return (value + size - 1) / size; }
@@ -97,6 +97,9 @@ class Multiplication {
 
   PackArgs block_of(const Operand& operand, int64_t expert, int64_t outer_begin,
                     const Step& step) const;
+  std::optional<Step> step_from(const GroupedProduct::Segment* segment, int64_t k_begin,
+                                int64_t expert) const;
+  // Calls function(step, the one after it if there is one).
   template <typename Function>
   void for_each_step(int64_t expert, const Function& function) const;
   TileMode tile_mode(const Task& task, const Step& step) const;
@@ -105,7 +108,7 @@ class Multiplication {
   void take_left(const Task& task, const PackArgs& left, const void** table,
                  BlockArgs& multiply) const;
   void multiply_first_rows(const Task& task, const Step& step, const BlockArgs& multiply) const;
-  void run_step(const Task& task, const Step& step) const;
+  void run_step(const Task& task, const Step& step, const std::optional<Step>& next) const;
   void run_few_rows(const Task& task) const;
   void run_few_rows_step(const Task& task, const Step& step) const;
   void finish_few_rows(const Task& task) const;

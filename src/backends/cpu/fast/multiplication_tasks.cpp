@@ -75,19 +75,26 @@ PackArgs Multiplication::block_of(const Operand& operand, int64_t expert, int64_
   return args;
 }
 
+// The first step at or after k_begin of a segment.
+std::optional<Multiplication::Step> Multiplication::step_from(
+    const GroupedProduct::Segment* segment, int64_t k_begin, int64_t expert) const {
+  const auto* const end = product_.segments.data() + product_.num_segments;
+  for (; segment != end; ++segment, k_begin = 0) {
+    const int64_t left = k_of(*segment, expert) - k_begin;
+    if (left > 0) return Step{segment, k_begin, std::min(gemm_.k_block, left), false, false};
+  }
+  return std::nullopt;
+}
+
 template <typename Function>
 void Multiplication::for_each_step(int64_t expert, const Function& function) const {
-  int64_t left = total_k(expert);
-  bool first = true;
-  for (int32_t s = 0; s < product_.num_segments; ++s) {
-    const auto& segment = product_.segments[static_cast<size_t>(s)];
-    const int64_t k = k_of(segment, expert);
-    for (int64_t k_begin = 0; k_begin < k; k_begin += gemm_.k_block) {
-      const int64_t size = std::min(gemm_.k_block, k - k_begin);
-      left -= size;
-      function(Step{&segment, k_begin, size, first, left == 0});
-      first = false;
-    }
+  std::optional<Step> step = step_from(product_.segments.data(), 0, expert);
+  if (step) step->first = true;
+  while (step) {
+    const std::optional<Step> next = step_from(step->segment, step->k_begin + step->k, expert);
+    step->last = !next;
+    function(*step, next);
+    step = next;
   }
 }
 
@@ -168,7 +175,8 @@ void Multiplication::take_left(const Task& task, const PackArgs& left, const voi
 }
 
 // The step's first rows, a panel of columns at a time: each is packed here, while or before it is
-// used for the first time, and the next one is fetched meanwhile.
+// used for the first time, and the next one is fetched meanwhile; with the last one, what
+// `multiply` says.
 void Multiplication::multiply_first_rows(const Task& task, const Step& step,
                                          const BlockArgs& multiply) const {
   std::array<const void*, kMaxBlockK> columns;
@@ -186,15 +194,19 @@ void Multiplication::multiply_first_rows(const Task& task, const Step& step,
     } else {
       gemm_.pack_b(right);
     }
+    block.next = index + 1 < panels ? ReadNext{} : multiply.next;
     if (index + 1 < panels)
       block.next = lines_of(right_panel(task, step, index + 1), next_lines.data());
     gemm_.multiply(block);
   }
 }
 
-void Multiplication::run_step(const Task& task, const Step& step) const {
+void Multiplication::run_step(const Task& task, const Step& step,
+                              const std::optional<Step>& next) const {
   const Chunk& whole = task.whole;
+  const bool finishes = step.last && task.sums == Sums::in_scratch;
   std::array<const void*, kMaxBlockK> table;
+  std::array<const void*, kMaxBlockK> next_lines;
   BlockArgs multiply = {};
   multiply.a = task.scratch;
   multiply.a_panel_stride = layout_.a_panel_stride;
@@ -205,20 +217,25 @@ void Multiplication::run_step(const Task& task, const Step& step) const {
   multiply.ldc = whole.row_stride;
   multiply.mode = tile_mode(task, step);
   for (int64_t i = 0; i < whole.rows; i += pack_rows(gemm_)) {
-    PackArgs left = block_of(step.segment->left, whole.expert, whole.row_begin + i, step);
-    left.outer_count = std::min(pack_rows(gemm_), whole.rows - i);
+    Chunk chunk = whole;
+    chunk.row_begin += i;
+    chunk.rows = std::min(pack_rows(gemm_), whole.rows - i);
+    PackArgs left = block_of(step.segment->left, whole.expert, chunk.row_begin, step);
+    left.outer_count = chunk.rows;
     take_left(task, left, table.data(), multiply);
-    multiply.rows = left.outer_count;
+    multiply.rows = chunk.rows;
     multiply.c = static_cast<char*>(task.c) + i * whole.row_stride * task.bytes_of_sum;
+    Epilogue::Touched touched;
+    if (finishes) epilogue_.list_touched(chunk, touched);
+    multiply.next = {touched.at.data(), touched.count, touched.bytes};
+    if (next && i + chunk.rows == whole.rows)
+      multiply.next = lines_of(right_panel(task, *next, 0), next_lines.data());
     if (i == 0) {
       multiply_first_rows(task, step, multiply);
     } else {
       gemm_.multiply(multiply);
     }
-    if (!step.last || task.sums != Sums::in_scratch) continue;
-    Chunk chunk = whole;
-    chunk.row_begin += i;
-    chunk.rows = left.outer_count;
+    if (!finishes) continue;
     chunk.sums = whole.row(i);
     epilogue_.apply(chunk);
   }
@@ -248,6 +265,9 @@ void Multiplication::run_few_rows_step(const Task& task, const Step& step) const
   multiply.c = reinterpret_cast<float*>(task.scratch + layout_.by_column_begin);
   multiply.ldc = round_up(whole.rows, gemm_.nr);
   multiply.mode = step.first ? TileMode::store : TileMode::add;
+  Epilogue::Touched touched;
+  if (step.last) epilogue_.list_touched(whole, touched);
+  multiply.next = {touched.at.data(), touched.count, touched.bytes};
   gemm_.multiply(multiply);
 }
 
@@ -320,12 +340,14 @@ void Multiplication::run_task(int64_t index, uint32_t* scratch) const {
   whole.col_begin = index % column_blocks_ * tiling_.cols;
   whole.cols = std::min(tiling_.cols, product_.n - whole.col_begin);
   if (right_in_place_ && whole.rows <= kFewRows) {
-    for_each_step(block.expert, [&](const Step& step) { run_few_rows_step(task, step); });
+    for_each_step(block.expert,
+                  [&](const Step& step, const auto&) { run_few_rows_step(task, step); });
     finish_few_rows(task);
     return;
   }
   place_sums(task);
-  for_each_step(block.expert, [&](const Step& step) { run_step(task, step); });
+  for_each_step(block.expert,
+                [&](const Step& step, const auto& next) { run_step(task, step, next); });
   if (total_k(block.expert) > 0) return;
   // An expert without rows: its sums are 0.
   for (int64_t i = 0; i < whole.rows; ++i)
