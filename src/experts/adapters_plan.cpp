@@ -183,7 +183,7 @@ void check_adapter_grads(const ExpertAdapters& grads, const ExpertAdapters& adap
 
 const Backend& select_adapted_backend(const AdaptedProblem& problem, const Context& context) {
   ExpertsProblem asked = problem.experts;
-  asked.adapter_rank = std::max(problem.up_rank, problem.down_rank);
+  asked.adapter_ranks = {problem.up_rank, problem.down_rank};
   return select_backend(asked, context);
 }
 

@@ -47,7 +47,7 @@ void check_adapters(const ExpertAdapters& adapters, const AdaptedProblem& proble
 void check_adapter_grads(const ExpertAdapters& grads, const ExpertAdapters& adapters,
                          const AdaptedProblem& problem);
 
-// The backend of the call, asked with the ranks.
+// The backend of the call, asked with both ranks.
 const Backend& select_adapted_backend(const AdaptedProblem& problem, const Context& context);
 
 // An adapter's factor as (rows, columns) of one matrix, and the same read as its transpose.

@@ -3,12 +3,13 @@
 // G_r = dO_{token(r)} W2_e and, in its epilogue, dH, A' and the partial sums of dS.
 #pragma once
 
+#include "backends/cuda/gemm/adapted_products.h"
 #include "backends/cuda/gemm/epilogue_down_backward.cuh"
 #include "backends/cuda/gemm/launch.cuh"
 
 namespace penstock::cuda {
 
-template <typename Element, Gating kGating>
+template <typename Element, Gating kGating, template <typename, int> class Producer>
 struct DownBackwardLauncher {
   const RowProblem& problem;
   const DownBackwardEpilogueParams& epilogue;
@@ -18,7 +19,7 @@ struct DownBackwardLauncher {
   void run() const {
     using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor,
                           RowCrew<kTileM, Turns::alternating>>;
-    using G = RowGemm<TileType, 1, GatheredRows, DownBackwardEpilogue<TileType, kGating>>;
+    using G = RowGemm<TileType, 1, Producer, DownBackwardEpilogue<TileType, kGating>>;
     launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
   }
 };
@@ -43,7 +44,8 @@ void down_backward(const DownBackwardArgs& args, const Context& context) {
        d,
        w.row_stride},
       groups_of(args.rows),
-      args.rows.row_capacity};
+      args.rows.row_capacity,
+      args.low_rank};
   const DownBackwardEpilogueParams epilogue = {
       rows_of(args.h),
       rows_of(args.dh),
@@ -56,12 +58,13 @@ void down_backward(const DownBackwardArgs& args, const Context& context) {
   require_vectors("h", args.h.data, {args.h.stride(0)});
   require_vectors("dh", args.dh.data, {args.dh.stride(0)});
   require_vectors("a_scaled", args.a_scaled.data, {args.a_scaled.stride(0)});
+  if (args.low_rank.present()) return adapted_down_backward<Element>(problem, epilogue, context);
   if (is_gated(args.activation.kind)) {
-    with_row_tile(problem,
-                  DownBackwardLauncher<Element, Gating::gated>{problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::gated, GatheredRows>{
+                               problem, epilogue, context});
   } else {
-    with_row_tile(problem,
-                  DownBackwardLauncher<Element, Gating::plain>{problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::plain, GatheredRows>{
+                               problem, epilogue, context});
   }
 }
 

@@ -4,18 +4,17 @@
 // both halves of the reduced axis. They share their kernels, which the router's dX uses as well.
 #pragma once
 
+#include "backends/cuda/gemm/adapted_products.h"
 #include "backends/cuda/gemm/epilogue_store.cuh"
 #include "backends/cuda/gemm/launch.cuh"
 #include "backends/cuda/gemm/store_products.h"
 
 namespace penstock::cuda {
 
-template <typename Element>
+template <typename Element, template <typename, int> class Producer>
 struct StoreLauncher {
   const RowProblem& problem;
-  const TensorView& out;
-  const GroupedVector& bias;
-  const float* scale;
+  const StoreOutput& output;
   const Context& context;
 
   template <int kTileM, Major kMajor>
@@ -23,18 +22,20 @@ struct StoreLauncher {
     using TileType =
         Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
     using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
-    using G = RowGemm<TileType, 1, ContiguousRows, Epilogue>;
-    launch_rows<G, kWideTileN>(
-        problem, {rows_of(out), bias_of(bias), scale, static_cast<int32_t>(problem.b.n_extent)},
-        context);
+    using G = RowGemm<TileType, 1, Producer, Epilogue>;
+    launch_rows<G, kWideTileN>(problem,
+                               {rows_of(output.out), bias_of(output.bias), output.scale,
+                                static_cast<int32_t>(problem.b.n_extent)},
+                               context);
   }
 };
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
   require_vectors("output rows", output.out.data, {output.out.stride(0)});
-  with_row_tile(problem,
-                StoreLauncher<Element>{problem, output.out, output.bias, output.scale, context});
+  if (problem.low_rank.present()) return adapted_store_rows<Element>(problem, output, context);
+  if (problem.b.n_extent <= kThinTileN) return thin_rows<Element>(problem, output, context);
+  with_row_tile(problem, StoreLauncher<Element, ContiguousRows>{problem, output, context});
 }
 
 template <typename Element>
@@ -55,7 +56,8 @@ void down_projection(const DownProjectionArgs& args, const Context& context) {
                         n,
                         w.col_stride},
                        groups_of(args.rows),
-                       args.rows.row_capacity},
+                       args.rows.row_capacity,
+                       args.low_rank},
                       {args.y, args.weights.b, nullptr}, context);
 }
 
@@ -78,7 +80,8 @@ void up_backward(const UpBackwardArgs& args, const Context& context) {
         n,
         w.w[0].row_stride},
        groups_of(args.rows),
-       args.rows.row_capacity},
+       args.rows.row_capacity,
+       args.low_rank},
       {args.dx_rows, {}, nullptr}, context);
 }
 

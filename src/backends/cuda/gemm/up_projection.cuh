@@ -3,12 +3,14 @@
 // H_r = X_{token(r)} W1_e^T + b1_e, A_r = act(H_r): gathered rows, one B tile of gate and up rows.
 #pragma once
 
+#include "backends/cuda/gemm/adapted_products.h"
 #include "backends/cuda/gemm/epilogue_up.cuh"
 #include "backends/cuda/gemm/launch.cuh"
+#include "backends/cuda/gemm/store_products.h"
 
 namespace penstock::cuda {
 
-template <typename Element, Gating kGating>
+template <typename Element, Gating kGating, template <typename, int> class Producer>
 struct UpProjectionLauncher {
   const RowProblem& problem;
   const UpEpilogueParams& epilogue;
@@ -19,7 +21,7 @@ struct UpProjectionLauncher {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
     using TileType =
         Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
-    using G = RowGemm<TileType, kHalves, GatheredRows, UpEpilogue<TileType, kGating>>;
+    using G = RowGemm<TileType, kHalves, Producer, UpEpilogue<TileType, kGating>>;
     launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
   }
 };
@@ -43,7 +45,8 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
                                args.x.size(1),
                                w.w[0].col_stride},
                               groups_of(args.rows),
-                              args.rows.row_capacity};
+                              args.rows.row_capacity,
+                              args.low_rank};
   const UpEpilogueParams epilogue = {rows_of(args.h),
                                      rows_of(args.a),
                                      {bias_of(w.b[0]), bias_of(w.b[1])},
@@ -51,12 +54,15 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
                                      static_cast<int32_t>(n)};
   if (args.h.present()) require_vectors("h", args.h.data, {args.h.stride(0)});
   if (args.a.present()) require_vectors("a", args.a.data, {args.a.stride(0)});
+  if (args.low_rank.present()) return adapted_up_projection<Element>(problem, epilogue, context);
+  if (!args.a.present() && w.halves == 1 && n <= kThinTileN)
+    return thin_rows<Element>(problem, {args.h, w.b[0], nullptr}, context);
   if (w.halves == 2) {
-    with_row_tile(problem,
-                  UpProjectionLauncher<Element, Gating::gated>{problem, epilogue, context});
+    with_row_tile(problem, UpProjectionLauncher<Element, Gating::gated, GatheredRows>{
+                               problem, epilogue, context});
   } else {
-    with_row_tile(problem,
-                  UpProjectionLauncher<Element, Gating::plain>{problem, epilogue, context});
+    with_row_tile(problem, UpProjectionLauncher<Element, Gating::plain, GatheredRows>{
+                               problem, epilogue, context});
   }
 }
 
