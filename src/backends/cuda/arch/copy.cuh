@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Copies from global to shared memory: the bulk tensor copy engine (TMA) and 16-byte cp.async, and
-// the proxy fence between what cp.async writes and what wgmma reads.
+// Copies between global and shared memory: the bulk tensor copy engine (TMA) and 16-byte cp.async,
+// and the proxy fence between what threads or cp.async write and what wgmma or TMA reads.
 #pragma once
 
 #include <cuda.h>
@@ -40,6 +40,35 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
       : "memory");
 }
 
+// One box from shared memory into a 3-D tensor; elements outside the tensor are dropped. The copy is
+// part of the calling thread's next bulk_commit.
+__device__ __forceinline__ void tma_store(uint32_t source, const CUtensorMap* map,
+                                          Coordinates at) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::
+                   "l"(reinterpret_cast<uint64_t>(map)),
+               "r"(source), "r"(at.c0), "r"(at.c1), "r"(at.c2)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Returns once all but the last kPending committed groups of this thread have read their shared
+// memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Brings one box of a 3-D tensor into L2.
+__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Coordinates at) {
+  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(
+                   reinterpret_cast<uint64_t>(map)),
+               "r"(at.c0), "r"(at.c1), "r"(at.c2)
+               : "memory");
+}
+
 // 16 bytes, or 16 zero bytes when `bytes` is 0 (the source is then not read). A row is read 128
 // bytes a stage, so the other half of a 256-byte line will be wanted next.
 __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source,
@@ -69,6 +98,15 @@ __device__ __forceinline__ void load_matrix(uint32_t row, uint32_t (&words)[4]) 
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(row)
                : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
 }
 
 // Orders earlier generic writes to shared memory (cp.async's included, once observed through a

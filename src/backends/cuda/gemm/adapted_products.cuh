@@ -64,16 +64,16 @@ void adapted_store_rows(const RowProblem& problem, const StoreOutput& output,
 }
 
 template <typename Element>
-void adapted_down_backward(const RowProblem& problem, const DownBackwardEpilogueParams& epilogue,
+void adapted_down_backward(const RowProblem& problem, const DownBackwardArgs& args,
                            const Context& context) {
-  if (is_gated(epilogue.activation.kind)) {
-    with_token_tile<Major::mn>(problem,
-                               DownBackwardLauncher<Element, Gating::gated, AdaptedGatheredRows>{
-                                   problem, epilogue, context});
+  if (is_gated(args.activation.kind)) {
+    with_token_tile<Major::mn>(
+        problem,
+        DownBackwardLauncher<Element, Gating::gated, AdaptedGatheredRows>{problem, args, context});
   } else {
-    with_token_tile<Major::mn>(problem,
-                               DownBackwardLauncher<Element, Gating::plain, AdaptedGatheredRows>{
-                                   problem, epilogue, context});
+    with_token_tile<Major::mn>(
+        problem,
+        DownBackwardLauncher<Element, Gating::plain, AdaptedGatheredRows>{problem, args, context});
   }
 }
 

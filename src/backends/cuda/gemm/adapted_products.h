@@ -12,7 +12,6 @@ namespace penstock::cuda {
 struct RowProblem;
 struct StoreOutput;
 struct UpEpilogueParams;
-struct DownBackwardEpilogueParams;
 
 template <typename Element>
 void adapted_up_projection(const RowProblem& problem, const UpEpilogueParams& epilogue,
@@ -21,7 +20,7 @@ template <typename Element>
 void adapted_store_rows(const RowProblem& problem, const StoreOutput& output,
                         const Context& context);
 template <typename Element>
-void adapted_down_backward(const RowProblem& problem, const DownBackwardEpilogueParams& epilogue,
+void adapted_down_backward(const RowProblem& problem, const DownBackwardArgs& args,
                            const Context& context);
 
 }  // namespace penstock::cuda

@@ -10,8 +10,7 @@ template void adapted_up_projection<__nv_bfloat16>(const RowProblem&, const UpEp
                                                    const Context&);
 template void adapted_store_rows<__nv_bfloat16>(const RowProblem&, const StoreOutput&,
                                                 const Context&);
-template void adapted_down_backward<__nv_bfloat16>(const RowProblem&,
-                                                   const DownBackwardEpilogueParams&,
+template void adapted_down_backward<__nv_bfloat16>(const RowProblem&, const DownBackwardArgs&,
                                                    const Context&);
 
 }  // namespace penstock::cuda

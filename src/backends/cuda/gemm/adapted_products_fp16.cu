@@ -9,7 +9,7 @@ namespace penstock::cuda {
 template void adapted_up_projection<__half>(const RowProblem&, const UpEpilogueParams&,
                                             const Context&);
 template void adapted_store_rows<__half>(const RowProblem&, const StoreOutput&, const Context&);
-template void adapted_down_backward<__half>(const RowProblem&, const DownBackwardEpilogueParams&,
+template void adapted_down_backward<__half>(const RowProblem&, const DownBackwardArgs&,
                                             const Context&);
 
 }  // namespace penstock::cuda

@@ -16,7 +16,7 @@ namespace penstock::cuda {
 
 // Columns of the tiles. A gated up-projection covers half as many intermediate columns.
 inline constexpr int32_t kWideTileN = 256;
-inline constexpr int32_t kDownBackwardTileN = 128;
+inline constexpr int32_t kDownBackwardTileN = 256;
 inline constexpr int32_t kLogitsTileN = 128;
 inline constexpr int32_t kThinTileN = 64;
 // Of a weight gradient's tile: the side that is gathered, and the other.

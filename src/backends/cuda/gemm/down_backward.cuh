@@ -12,15 +12,25 @@ namespace penstock::cuda {
 template <typename Element, Gating kGating, template <typename, int> class Producer>
 struct DownBackwardLauncher {
   const RowProblem& problem;
-  const DownBackwardEpilogueParams& epilogue;
+  const DownBackwardArgs& args;
   const Context& context;
 
   template <int kTileM, Major kMajor>
   void run() const {
-    using TileType = Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor,
-                          RowCrew<kTileM, Turns::alternating>>;
+    using TileType =
+        Tile<Element, kTileM, kDownBackwardTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, 1, Producer, DownBackwardEpilogue<TileType, kGating>>;
-    launch_rows<G, kDownBackwardTileN>(problem, epilogue, context);
+    constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
+    const RowGroups& rows = args.rows;
+    launch_rows<G, kDownBackwardTileN>(
+        problem,
+        {halves_map<Element>("h", args.h, kHalves, kTileM),
+         row_target<Element>("dh", args.dh, kHalves),
+         row_target<Element>("a_scaled", args.a_scaled, 1), rows_of(args.partials),
+         args.scores.present() ? args.scores.template as<float>() : nullptr,
+         rows.row_to_slot.present() ? rows.row_to_slot.template as<int32_t>() : nullptr,
+         activation_of(args.activation), static_cast<int32_t>(args.a_scaled.size(1))},
+        context);
   }
 };
 
@@ -46,25 +56,13 @@ void down_backward(const DownBackwardArgs& args, const Context& context) {
       groups_of(args.rows),
       args.rows.row_capacity,
       args.low_rank};
-  const DownBackwardEpilogueParams epilogue = {
-      rows_of(args.h),
-      rows_of(args.dh),
-      rows_of(args.a_scaled),
-      rows_of(args.partials),
-      args.scores.present() ? args.scores.template as<float>() : nullptr,
-      args.rows.row_to_slot.present() ? args.rows.row_to_slot.template as<int32_t>() : nullptr,
-      activation_of(args.activation),
-      static_cast<int32_t>(n)};
-  require_vectors("h", args.h.data, {args.h.stride(0)});
-  require_vectors("dh", args.dh.data, {args.dh.stride(0)});
-  require_vectors("a_scaled", args.a_scaled.data, {args.a_scaled.stride(0)});
-  if (args.low_rank.present()) return adapted_down_backward<Element>(problem, epilogue, context);
+  if (args.low_rank.present()) return adapted_down_backward<Element>(problem, args, context);
   if (is_gated(args.activation.kind)) {
-    with_row_tile(problem, DownBackwardLauncher<Element, Gating::gated, GatheredRows>{
-                               problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::gated, GatheredRows>{problem, args,
+                                                                                      context});
   } else {
-    with_row_tile(problem, DownBackwardLauncher<Element, Gating::plain, GatheredRows>{
-                               problem, epilogue, context});
+    with_row_tile(problem, DownBackwardLauncher<Element, Gating::plain, GatheredRows>{problem, args,
+                                                                                      context});
   }
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What all epilogues share: one warp's 16 rows of accumulators, and the piece of shared memory
-// through which they become 16-byte accesses of whole rows. Each warp works alone, so an epilogue
-// needs no barrier but __syncwarp.
+// What all epilogues share: one warp's 16 rows of accumulators, how they are packed, and the piece of
+// shared memory through which fp32 results become 16-byte accesses of whole rows (results of the
+// tile's own type: warp_store.cuh). Each warp works alone, so an epilogue needs no barrier but
+// __syncwarp.
 //
 // A piece is 16 rows of 128 bytes, 144 bytes apart: neither writes in the accumulator layout
 // nor the 16-byte reads of a row meet a bank conflict.
@@ -26,8 +27,12 @@ struct WarpPlace {
   int row;
 };
 
-// Of an epilogue that needs nothing from memory before its sums are there.
-struct NoPrefetch {};
+// Of an epilogue that reads nothing through the ring.
+struct NoOperand {
+  static constexpr int kStages = 0;
+  template <typename Params>
+  __device__ explicit NoOperand(const Params&) {}
+};
 
 // A row-major matrix in global memory: element (row, column) at data + row * stride + column.
 struct Rows {
@@ -55,12 +60,6 @@ struct Pair<__half> {
   static __device__ Type pack(float low, float high) { return __floats2half2_rn(low, high); }
   static __device__ float2 unpack(Type pair) { return __half22float2(pair); }
 };
-template <>
-struct Pair<float> {
-  using Type = float2;
-  static __device__ Type pack(float low, float high) { return {low, high}; }
-  static __device__ float2 unpack(Type pair) { return pair; }
-};
 
 template <typename Element>
 __device__ __forceinline__ float to_float(Element value) {
@@ -86,59 +85,29 @@ __device__ __forceinline__ float2 unpack_word(uint32_t word) {
   return Pair<Element>::unpack(reinterpret_cast<const typename Pair<Element>::Type&>(word));
 }
 
-// 16 rows x 128 bytes of `Element` in shared memory.
+// Two neighbouring groups of 8 columns as a lane holds them, rounded and packed: (group, upper row),
+// (group, lower row), then the next group's. What stmatrix stores and ldmatrix loads at a time.
+struct PackedGroups {
+  uint32_t at[4];
+};
+
 template <typename Element>
-struct Piece {
-  static constexpr int kColumns = 128 / sizeof(Element);
+__device__ __forceinline__ PackedGroups pack_groups(float4 first, float4 second) {
+  return {{pack_word<Element>(first.x, first.y), pack_word<Element>(first.z, first.w),
+           pack_word<Element>(second.x, second.y), pack_word<Element>(second.z, second.w)}};
+}
+
+// 16 rows x 32 columns of fp32 in shared memory, written in the accumulator layout and read by rows.
+struct WidePiece {
+  static constexpr int kColumns = 32;
   static constexpr int kGroups = kColumns / 8;
-  static constexpr int kVector = 16 / sizeof(Element);
-  using PairType = typename Pair<Element>::Type;
+  static constexpr int kVector = 4;
 
   uint8_t* base;
 
-  // The lane's two columns of group `group`, in row row() + 8 * lower.
-  __device__ PairType& pair(int group, int lower) const {
-    return *reinterpret_cast<PairType*>(base + (Lane::row() + lower * 8) * kPieceStride +
-                                        (group * 8 + Lane::column()) * sizeof(Element));
-  }
-
   __device__ void put(int group, float4 v) const {
-    pair(group, 0) = Pair<Element>::pack(v.x, v.y);
-    pair(group, 1) = Pair<Element>::pack(v.z, v.w);
-  }
-
-  // Packed pairs of two neighbouring groups: (group, upper), (group, lower), then the next group's.
-  // One stmatrix in place of four 4-byte stores.
-  struct Packed {
-    uint32_t at[4];
-  };
-  __device__ void put_two(int group, const Packed& packed) const {
-    static_assert(sizeof(Element) == 2, "stmatrix moves 16-bit elements");
-    const int lane = Lane::id();
-    arch::store_matrix(
-        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
-        packed.at);
-  }
-  __device__ void put_two(int group, float4 first, float4 second) const {
-    if constexpr (sizeof(Element) == 2) {
-      put_two(
-          group,
-          Packed{{pack_word<Element>(first.x, first.y), pack_word<Element>(first.z, first.w),
-                  pack_word<Element>(second.x, second.y), pack_word<Element>(second.z, second.w)}});
-    } else {
-      put(group, first);
-      put(group + 1, second);
-    }
-  }
-
-  __device__ Packed get_two(int group) const {
-    static_assert(sizeof(Element) == 2, "ldmatrix moves 16-bit elements");
-    const int lane = Lane::id();
-    Packed packed;
-    arch::load_matrix(
-        arch::shared_address(base + (lane % 16) * kPieceStride + (group + lane / 16) * 16),
-        packed.at);
-    return packed;
+    pair(group, 0) = {v.x, v.y};
+    pair(group, 1) = {v.z, v.w};
   }
 
   // Calls `access(shared 16 bytes, row, column)` for each 16 bytes whose row and column exist, a
@@ -151,45 +120,17 @@ struct Piece {
     for (int i = 0; i < 4; ++i) {
       const int row = i * 4 + Lane::id() / 8;
       if (row < rows) {
-        access(*reinterpret_cast<uint4*>(base + row * kPieceStride + Lane::id() % 8 * 16), row,
-               column);
+        access(*reinterpret_cast<const float4*>(base + row * kPieceStride + Lane::id() % 8 * 16),
+               row, column);
       }
     }
   }
 
-  // Every lane of the warp calls these; the piece is free to be rewritten afterwards.
-  __device__ void store(Element* destination, int64_t stride, int rows, int columns) const {
-    __syncwarp();
-    each_vector(rows, columns, [&](const uint4& vector, int row, int column) {
-      *reinterpret_cast<uint4*>(destination + row * stride + column) = vector;
-    });
-    __syncwarp();
-  }
-
-  // The lane's four vectors of a piece, taken from global memory: all of them in flight at once.
-  struct Vectors {
-    uint4 at[4];
-  };
-  static __device__ __forceinline__ Vectors load(const Element* source, int64_t stride, int rows,
-                                                 int columns) {
-    Vectors vectors;
-    const int column = Lane::id() % 8 * kVector;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = i * 4 + Lane::id() / 8;
-      vectors.at[i] = make_uint4(0, 0, 0, 0);
-      if (row < rows && column < columns) {
-        vectors.at[i] = *reinterpret_cast<const uint4*>(source + row * stride + column);
-      }
-    }
-    return vectors;
-  }
-  __device__ __forceinline__ void put(const Vectors& vectors) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      *reinterpret_cast<uint4*>(base + (i * 4 + Lane::id() / 8) * kPieceStride +
-                                Lane::id() % 8 * 16) = vectors.at[i];
-    }
+ private:
+  // The lane's two columns of a group, in row row() + 8 * lower.
+  __device__ float2& pair(int group, int lower) const {
+    return *reinterpret_cast<float2*>(base + (Lane::row() + lower * 8) * kPieceStride +
+                                      (group * 8 + Lane::column()) * sizeof(float));
   }
 };
 
@@ -219,22 +160,16 @@ __device__ __forceinline__ void add_bias(float (&sums)[kCount], int first, const
   }
 }
 
-// Groups `group` and the next, rounded.
-template <typename Element, int kCount>
-__device__ __forceinline__ typename Piece<Element>::Packed packed_groups(
-    const float (&sums)[kCount], int group) {
-  typename Piece<Element>::Packed packed;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    packed.at[i] = pack_word<Element>(sums[4 * group + 2 * i], sums[4 * group + 2 * i + 1]);
-  }
-  return packed;
-}
-
 // The four accumulators of group `group` of 8 columns.
 template <int kCount>
 __device__ __forceinline__ float4 group_of(const float (&sums)[kCount], int group) {
   return {sums[4 * group], sums[4 * group + 1], sums[4 * group + 2], sums[4 * group + 3]};
+}
+
+// Groups `group` and the next, rounded.
+template <typename Element, int kCount>
+__device__ __forceinline__ PackedGroups packed_groups(const float (&sums)[kCount], int group) {
+  return pack_groups<Element>(group_of(sums, group), group_of(sums, group + 1));
 }
 
 }  // namespace penstock::cuda

@@ -5,20 +5,22 @@
 //   partials_{r, tile} = sum over the tile's columns of G A     (fp32, both unrounded)
 //   dH_r = act'(H_r) (s G_r)        A'_r = s A_r                (each rounded once)
 //
-// Loads H and the score; stores dH ([gate | up], may be H itself: a warp reads its H before it
-// writes) and A'; reduces the partial sums over a quad's columns in fixed order.
+// H comes through the ring, 64 columns of gate and of up a stage, so that the producer fetches it while
+// products run. A warp turns its 16 rows of a stage into dH where they are, writes A' behind them, and
+// lets TMA store both; the stage goes back once they are read. dH may be H itself: a tile's H has
+// arrived before any of it is written. The partial sums are reduced over a quad's columns in fixed
+// order.
 #pragma once
 
-#include <type_traits>
-
 #include "backends/cuda/gemm/epilogue_up.cuh"
+#include "backends/cuda/gemm/warp_store.cuh"
 
 namespace penstock::cuda {
 
 struct DownBackwardEpilogueParams {
-  Rows h;
-  Rows dh;
-  Rows a_scaled;
+  CUtensorMap h;  // (column, half, row), a box of 64 columns and the tile's rows
+  RowTarget dh;
+  RowTarget a_scaled;
   Rows partials;               // fp32, a column per n tile
   const float* scores;         // null: 1
   const int32_t* row_to_slot;  // null: scores are per row
@@ -31,41 +33,59 @@ struct DownBackwardEpilogue {
   using Element = typename TileType::Element;
   using Params = DownBackwardEpilogueParams;
   static constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-  static constexpr int kWarpStagingBytes = (kHalves + 1) * kPieceBytes;
+  static constexpr int kWarpStagingBytes = 0;
   using Sums = float[TileType::kAccumulators];
+
+  // A stage holds gate, up and A' of the tile's rows in 64 columns, swizzled like an A tile.
+  static constexpr int kPartBytes = TileType::kM * 128;
+  static_assert((kHalves + 1) * kPartBytes <= TileType::kStageBytes, "A' lies behind H");
+  struct Operand {
+    static constexpr int kStages = TileType::kN / 64;
+    static constexpr int kBytes = kHalves * kPartBytes;
+    const Params& params;
+
+    // H into L2 while the products run, so that the loads below do not meet those of all other CTAs
+    // in DRAM: tiles end at about the same time everywhere, and 132 times 128 KB take 4 us.
+    __device__ void prefetch(const Work& work) const {
+#pragma unroll
+      for (int part = 0; part < kStages * kHalves; ++part) {
+        arch::tma_prefetch(&params.h, {work.n + part / kHalves * 64, part % kHalves,
+                                       static_cast<int32_t>(work.row_begin)});
+      }
+    }
+
+    __device__ void load(const Work& work, int stage, uint32_t destination,
+                         uint32_t barrier) const {
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        arch::tma_load(destination + half * kPartBytes, &params.h, barrier,
+                       {work.n + stage * 64, half, static_cast<int32_t>(work.row_begin)});
+      }
+    }
+  };
+
+  // Scores of the lane's two rows: fetched before the products, needed after them.
+  struct Scores {
+    float at[2];
+  };
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static constexpr int kChunks = TileType::kN / 64;
-  // H of the warp's rows in 64 columns.
-  struct Chunk {
-    typename Piece<Element>::Vectors half[kHalves];
-  };
-  // Of a warpgroup with one block, H is loaded while the products are formed: it stays in
-  // registers, of which 64 accumulators leave enough. With two blocks there are too few; then the
-  // other warpgroup's products hide the loads.
-  struct AllChunks {
-    Chunk at[kChunks];
-  };
-  static constexpr bool kEarly = TileType::kBlocks == 1;
-  using Early = std::conditional_t<kEarly, AllChunks, NoPrefetch>;
-
-  static __device__ __forceinline__ Early prefetch(const Params& params, const Work& work,
-                                                   const WarpPlace& place) {
-    Early early;
-    if constexpr (kEarly) {
-#pragma unroll
-      for (int chunk = 0; chunk < kChunks; ++chunk) {
-        early.at[chunk] = load(params, work, place, chunk * 64);
-      }
-    }
-    return early;
+  static __device__ __forceinline__ Scores prefetch(const Params& params, const Work& work,
+                                                    const WarpPlace& place) {
+    const int64_t first_row = work.row_begin + place.row;
+    const int rows = work.rows - place.row;
+    return {{score_of(params, first_row, Lane::row(), rows),
+             score_of(params, first_row, Lane::row() + 8, rows)}};
   }
 
-  static __device__ void run(const Params& params, const Work& work, Sums& sums, const Early& early,
-                             const WarpPlace& place) {
-    if (work.rows <= place.row) return;
-    const auto apply = [&](auto function) { columns(function, params, work, sums, early, place); };
+  template <typename Stages>
+  static __device__ __forceinline__ void run(const Params& params, const Work& work,
+                                             const Sums& sums, const Scores& scores,
+                                             const WarpPlace& place, Stages& stages) {
+    const auto apply = [&](auto function) {
+      columns(function, params, work, sums, scores, place, stages);
+    };
     if constexpr (kGating == Gating::gated) {
       visit_gated(params.activation.kind, apply);
     } else {
@@ -74,89 +94,52 @@ struct DownBackwardEpilogue {
   }
 
  private:
-  static __device__ __forceinline__ Chunk load(const Params& params, const Work& work,
-                                               const WarpPlace& place, int first) {
-    Chunk chunk;
-    const Element* h = static_cast<const Element*>(params.h.data) +
-                       (work.row_begin + place.row) * params.h.stride + work.n + first;
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      chunk.half[half] =
-          Piece<Element>::load(h + half * params.columns, params.h.stride, work.rows - place.row,
-                               params.columns - work.n - first);
-    }
-    return chunk;
-  }
-
-  // Pieces: H and then dH by half, and A'.
-  static __device__ __forceinline__ Piece<Element> piece_of(const WarpPlace& place, int index) {
-    return {place.staging + index * kPieceBytes};
-  }
-
   // What is worked on at a time: two groups of 8 columns. All of it is read before any of it is
   // written over, and no branch divides it: its eight elements a lane have long chains, which must
-  // overlap. More elements do not fit in the registers.
+  // overlap.
   struct Batch {
-    typename Piece<Element>::Packed half[kHalves];
-    typename Piece<Element>::Packed scaled;  // A', once it is known
+    uint32_t half[kHalves][4];
+    uint32_t scaled[4];  // A'
   };
 
-  // Scores and running partial sums of the lane's two rows.
-  struct RowPair {
-    float score[2];
-    float partial[2];
-  };
-
-  template <typename Function>
+  template <typename Function, typename Stages>
   static __device__ __forceinline__ void columns(Function function, const Params& params,
                                                  const Work& work, const Sums& sums,
-                                                 const Early& early, const WarpPlace& place) {
-    const int rows = work.rows - place.row;
-    const int64_t first_row = work.row_begin + place.row;
-    RowPair pair = {{score_of(params, first_row, Lane::row(), rows),
-                     score_of(params, first_row, Lane::row() + 8, rows)},
-                    {0.0f, 0.0f}};
-    Element* a = static_cast<Element*>(params.a_scaled.data) + first_row * params.a_scaled.stride;
+                                                 const Scores& scores, const WarpPlace& place,
+                                                 Stages& stages) {
+    float partial[2] = {0.0f, 0.0f};
+    const uint32_t offset = slot_lane_offset();
 #pragma unroll
-    for (int first = 0; first < TileType::kN; first += 64) {
-      const int column = work.n + first;
-      if (column >= params.columns) break;
-      const int valid = params.columns - column;
-      Element* dh = static_cast<Element*>(params.dh.data) + first_row * params.dh.stride;
-      const Chunk chunk = [&] {
-        if constexpr (kEarly) {
-          return early.at[first / 64];
-        } else {
-          return load(params, work, place, first);
+    for (int chunk = 0; chunk < Operand::kStages; ++chunk) {
+      const uint32_t slab = stages.take() + place.row * 128;
+      const int valid = params.columns - work.n - chunk * 64;
+      if (valid > 0) {
+#pragma unroll
+        for (int group = 0; group < 8; group += 2) {
+          Batch batch;
+          const uint32_t at = (slab + offset) ^ (group * 16);
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            arch::load_matrix(at + half * kPartBytes, batch.half[half]);
+          }
+          differentiate(function, params.activation, sums, {chunk * 8 + group, valid - group * 8},
+                        scores, batch, partial);
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            arch::store_matrix(at + half * kPartBytes, batch.half[half]);
+          }
+          arch::store_matrix(at + kHalves * kPartBytes, batch.scaled);
         }
-      }();
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        piece_of(place, half).put(chunk.half[half]);
       }
+      arch::fence_proxy_async_shared();
+      arch::bulk_wait_read<0>();
+      if (chunk > 0) stages.give_back_second_last();
       __syncwarp();
-#pragma unroll
-      for (int group = 0; group < 8; group += 2) {
-        Batch batch;
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          batch.half[half] = piece_of(place, half).get_two(group);
-        }
-        differentiate(function, params.activation, sums, {first / 8 + group, valid - group * 8},
-                      batch, pair);
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          piece_of(place, half).put_two(group, batch.half[half]);
-        }
-        piece_of(place, kHalves).put_two(group, batch.scaled);
-      }
-      for (int half = 0; half < kHalves; ++half) {
-        piece_of(place, half)
-            .store(dh + half * params.columns + column, params.dh.stride, rows, valid);
-      }
-      piece_of(place, kHalves).store(a + column, params.a_scaled.stride, rows, valid);
+      store(params, work, place, slab, chunk * 64);
     }
-    if (params.partials.data != nullptr) store_partials(params, work, place, pair);
+    if (params.partials.data != nullptr) store_partials(params, work, place, partial);
+    arch::bulk_wait_read<0>();
+    stages.give_back_last();
   }
 
   // Two groups of 8 columns: which, and how many of their columns exist.
@@ -165,38 +148,51 @@ struct DownBackwardEpilogue {
     int valid;
   };
 
-  // H of the batch becomes dH, A' its scaled words, <G, A> joins the partial sums. No branch: eight
-  // elements a lane have long chains, which must overlap.
+  // H of the batch becomes dH, A' its scaled words, <G, A> joins the partial sums.
   template <typename Function>
   static __device__ __forceinline__ void differentiate(Function, const ActivationParams& activation,
                                                        const Sums& sums, const Groups2& groups,
-                                                       Batch& batch, RowPair& pair) {
+                                                       const Scores& scores, Batch& batch,
+                                                       float (&partial)[2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 4 * groups.first + 2 * i;
-      const int row = i % 2;
-      const float score = pair.score[row];
+      const float score = scores.at[i % 2];
       const float2 g = {sums[at], sums[at + 1]};
-      const float2 first = unpack_word<Element>(batch.half[0].at[i]);
+      const float2 first = unpack_word<Element>(batch.half[0][i]);
       float2 value;
       if constexpr (kGating == Gating::gated) {
-        const float2 up = unpack_word<Element>(batch.half[1].at[i]);
+        const float2 up = unpack_word<Element>(batch.half[1][i]);
         const GatedGradient low = Function::at(first.x, up.x, activation);
         const GatedGradient high = Function::at(first.y, up.y, activation);
-        batch.half[0].at[i] =
-            pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
-        batch.half[1].at[i] = pack_word<Element>(low.up * (score * g.x), high.up * (score * g.y));
+        batch.half[0][i] = pack_word<Element>(low.gate * (score * g.x), high.gate * (score * g.y));
+        batch.half[1][i] = pack_word<Element>(low.up * (score * g.x), high.up * (score * g.y));
         value = {low.value, high.value};
       } else {
         const PlainGradient low = Function::at(first.x);
         const PlainGradient high = Function::at(first.y);
-        batch.half[0].at[i] =
+        batch.half[0][i] =
             pack_word<Element>(low.input * (score * g.x), high.input * (score * g.y));
         value = {low.value, high.value};
       }
-      batch.scaled.at[i] = pack_word<Element>(score * value.x, score * value.y);
-      pair.partial[row] += i / 2 * 8 < groups.valid ? g.x * value.x + g.y * value.y : 0.0f;
+      batch.scaled[i] = pack_word<Element>(score * value.x, score * value.y);
+      partial[i % 2] += i / 2 * 8 < groups.valid ? g.x * value.x + g.y * value.y : 0.0f;
     }
+  }
+
+  // dH and A' of one stage, columns `first` on of the tile.
+  static __device__ __forceinline__ void store(const Params& params, const Work& work,
+                                               const WarpPlace& place, uint32_t slab, int first) {
+    const SlotExtent extent = {work.rows - place.row, params.columns - work.n - first};
+    const auto row = static_cast<int32_t>(work.row_begin + place.row);
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      WarpStore<Element>::rows(params.dh, {work.n + first, half, row}, extent, params.columns,
+                               slab + half * kPartBytes);
+    }
+    WarpStore<Element>::rows(params.a_scaled, {work.n + first, 0, row}, extent, 0,
+                             slab + kHalves * kPartBytes);
+    arch::bulk_commit();
   }
 
   static __device__ float score_of(const Params& params, int64_t first_row, int row, int rows) {
@@ -206,11 +202,11 @@ struct DownBackwardEpilogue {
   }
 
   static __device__ void store_partials(const Params& params, const Work& work,
-                                        const WarpPlace& place, RowPair& pair) {
+                                        const WarpPlace& place, const float (&partial)[2]) {
     float* out = static_cast<float*>(params.partials.data) + work.n / TileType::kN;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {
-      float sum = pair.partial[lower];
+      float sum = partial[lower];
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
       const int row = Lane::row() + lower * 8;

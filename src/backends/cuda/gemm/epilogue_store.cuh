@@ -2,90 +2,140 @@
 //
 // Store: out_r = C_r + b_e, rounded once.
 //
-// Loads the bias where there is one; stores bf16, fp16 or fp32. Used by the down-projection, by
-// dX~ and by the router's logits (fp32, whose E columns need not be a multiple of anything).
+// StoreEpilogue stores the tile's own type and loads the bias where there is one: the
+// down-projection, dX~. StoreWideEpilogue stores fp32: the router's logits, whose E columns need
+// not be a multiple of anything.
 #pragma once
 
-#include "backends/cuda/gemm/epilogue.cuh"
+#include "backends/cuda/gemm/warp_store.cuh"
 
 namespace penstock::cuda {
 
-// Rows of `Out` narrower than 16 bytes apart cannot be stored as vectors; element by element then.
-enum class RowAlignment : uint8_t { vector, element };
+// What is added to and multiplied into the sums on the way out: rare, so the common path pays one
+// branch. Values are new ones, because accumulators that anything but wgmma writes would make ptxas
+// serialise the next tile's products.
+struct StoreChange {
+  Bias bias;
+  const float* scale;  // null: 1. One factor for all of C, on the device.
 
-template <typename TileType, typename Out, RowAlignment kAlignment>
+  __device__ bool none() const { return scale == nullptr && bias.data == nullptr; }
+
+  template <typename Element>
+  __device__ __forceinline__ float4 apply(float4 v, float factor, const Work& work, int column,
+                                          int extent) const {
+    const float2 b = bias_pair<Element>(bias, work.expert, column, extent);
+    return {fmaf(v.x, factor, b.x), fmaf(v.y, factor, b.y), fmaf(v.z, factor, b.x),
+            fmaf(v.w, factor, b.y)};
+  }
+};
+
+template <typename TileType>
 struct StoreEpilogue {
   using Element = typename TileType::Element;
-  static constexpr int kWarpStagingBytes = kPieceBytes;
+  using Store = WarpStore<Element>;
+  static constexpr int kWarpStagingBytes = Store::kBytes;
+  using Sums = float[TileType::kAccumulators];
 
   struct Params {
-    Rows out;
-    Bias bias;
-    const float* scale;  // null: 1. One factor for all of C, on the device.
+    RowTarget out;
+    StoreChange change;
     int32_t columns;
   };
 
-  using Early = NoPrefetch;
+  using Operand = NoOperand;
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
-
-  static __device__ void run(const Params& params, const Work& work,
-                             float (&sums)[TileType::kAccumulators], const NoPrefetch&,
+  static __device__ void run(const Params& params, const Work& work, Sums& sums,
                              const WarpPlace& place) {
-    const int rows = work.rows - place.row;
-    if (rows <= 0) return;
-    if (params.scale == nullptr && params.bias.data == nullptr) {
-      store_tile(params, work, rows, place, [&](int group) { return group_of(sums, group); });
+    if (work.rows <= place.row) return;
+    if (params.change.none()) {
+      store_tile(params, work, place,
+                 [&](int group) { return packed_groups<Element>(sums, group); });
       return;
     }
-    // Rare, so apart: the common path pays one branch. Values are new ones, because accumulators
-    // that anything but wgmma writes would make ptxas serialise the next tile's products.
-    const float scale = params.scale == nullptr ? 1.0f : *params.scale;
-    store_tile(params, work, rows, place, [&](int group) {
-      const float4 v = group_of(sums, group);
-      const float2 bias = bias_pair<Element>(params.bias, work.expert,
-                                             work.n + group * 8 + Lane::column(), params.columns);
-      return make_float4(fmaf(v.x, scale, bias.x), fmaf(v.y, scale, bias.y),
-                         fmaf(v.z, scale, bias.x), fmaf(v.w, scale, bias.y));
+    const float factor = params.change.scale == nullptr ? 1.0f : *params.change.scale;
+    store_tile(params, work, place, [&](int group) {
+      const int column = work.n + group * 8 + Lane::column();
+      return pack_groups<Element>(
+          params.change.template apply<Element>(group_of(sums, group), factor, work, column,
+                                                params.columns),
+          params.change.template apply<Element>(group_of(sums, group + 1), factor, work, column + 8,
+                                                params.columns));
     });
   }
 
  private:
-  template <typename ValueOf>
+  template <typename Packed>
   static __device__ __forceinline__ void store_tile(const Params& params, const Work& work,
-                                                    int rows, const WarpPlace& place,
-                                                    ValueOf value_of) {
-    const Piece<Out> piece{place.staging};
-    Out* out =
-        static_cast<Out*>(params.out.data) + (work.row_begin + place.row) * params.out.stride;
+                                                    const WarpPlace& place, Packed packed) {
+    const Store store(place.staging);
+    const auto row = static_cast<int32_t>(work.row_begin + place.row);
 #pragma unroll
-    for (int first = 0; first < TileType::kN; first += Piece<Out>::kColumns) {
+    for (int first = 0; first < TileType::kN; first += 64) {
+      store.piece(
+          first / 64, [&](int group) { return packed(first / 8 + group); },
+          [&](uint32_t slot) {
+            Store::rows(params.out, {work.n + first, 0, row},
+                        {work.rows - place.row, params.columns - work.n - first}, 0, slot);
+          });
+    }
+    // In the place of the copy that would make the number of slots even.
+    if constexpr (TileType::kN / 64 % 2 == 1) arch::bulk_commit();
+  }
+};
+
+// Rows narrower than 16 bytes apart cannot be stored as vectors; element by element then.
+enum class RowAlignment : uint8_t { vector, element };
+
+template <typename TileType, RowAlignment kAlignment>
+struct StoreWideEpilogue {
+  using Element = typename TileType::Element;
+  using Sums = float[TileType::kAccumulators];
+  using PieceType = WidePiece;
+  static constexpr int kWarpStagingBytes = kPieceBytes;
+
+  struct Params {
+    Rows out;
+    int32_t columns;
+  };
+
+  using Operand = NoOperand;
+
+  static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
+
+  static __device__ void run(const Params& params, const Work& work, Sums& sums,
+                             const WarpPlace& place) {
+    if (work.rows <= place.row) return;
+    const PieceType piece{place.staging};
+    float* out =
+        static_cast<float*>(params.out.data) + (work.row_begin + place.row) * params.out.stride;
+#pragma unroll
+    for (int first = 0; first < TileType::kN; first += PieceType::kColumns) {
       const int column = work.n + first;
       if (column >= params.columns) break;
 #pragma unroll
-      for (int group = 0; group < Piece<Out>::kGroups; group += 2) {
-        piece.put_two(group, value_of(first / 8 + group), value_of(first / 8 + group + 1));
+      for (int group = 0; group < PieceType::kGroups; ++group) {
+        piece.put(group, group_of(sums, first / 8 + group));
       }
-      store(piece, out + column, params.out.stride, rows, params.columns - column);
+      __syncwarp();
+      store(piece, out + column, params.out.stride, work.rows - place.row, params.columns - column);
+      __syncwarp();
     }
   }
 
-  static __device__ void store(const Piece<Out>& piece, Out* out, int64_t stride, int rows,
+  static __device__ void store(const PieceType& piece, float* out, int64_t stride, int rows,
                                int columns) {
-    if constexpr (kAlignment == RowAlignment::vector) {
-      piece.store(out, stride, rows, columns);
-    } else {
-      __syncwarp();
-      piece.each_vector(rows, columns, [&](const uint4& vector, int row, int column) {
-        const Out* values = reinterpret_cast<const Out*>(&vector);
-        for (int i = 0; i < Piece<Out>::kVector && column + i < columns; ++i) {
+    piece.each_vector(rows, columns, [&](const float4& vector, int row, int column) {
+      if constexpr (kAlignment == RowAlignment::vector) {
+        *reinterpret_cast<float4*>(out + row * stride + column) = vector;
+      } else {
+        const float* values = reinterpret_cast<const float*>(&vector);
+        for (int i = 0; i < PieceType::kVector && column + i < columns; ++i) {
           out[row * stride + column + i] = values[i];
         }
-      });
-      __syncwarp();
-    }
+      }
+    });
   }
 };
 

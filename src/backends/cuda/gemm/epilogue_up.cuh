@@ -9,15 +9,15 @@
 #pragma once
 
 #include "backends/cuda/gemm/activation.cuh"
-#include "backends/cuda/gemm/epilogue.cuh"
+#include "backends/cuda/gemm/warp_store.cuh"
 
 namespace penstock::cuda {
 
 enum class Gating : uint8_t { gated, plain };
 
 struct UpEpilogueParams {
-  Rows h;
-  Rows a;
+  RowTarget h;
+  RowTarget a;
   Bias bias[2];
   ActivationParams activation;
   int32_t columns;  // n
@@ -27,96 +27,93 @@ template <typename TileType, Gating kGating>
 struct UpEpilogue {
   using Element = typename TileType::Element;
   using Params = UpEpilogueParams;
-  static constexpr int kWarpStagingBytes = kPieceBytes;
+  using Store = WarpStore<Element>;
+  static constexpr int kWarpStagingBytes = Store::kBytes;
   static constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
   static constexpr int kColumns = TileType::kN / kHalves;  // intermediate columns of a tile
   static constexpr int kUpGroups = kColumns / 8;           // where the up half starts
   using Sums = float[TileType::kAccumulators];
 
-  using Early = NoPrefetch;
+  using Operand = NoOperand;
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
-
-  static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
+  static __device__ void run(const Params& params, const Work& work, Sums& sums,
                              const WarpPlace& place) {
-    const int rows = work.rows - place.row;
-    if (rows <= 0) return;
-    const Piece<Element> piece{place.staging};
+    if (work.rows <= place.row) return;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) round_and_store(params, work, sums, place, half);
-    if (params.a.data == nullptr) return;
-    Element* a = row(params.a, work, place);
-    const auto activate = [&](auto function) {
+    for (int half = 0; half < kHalves; ++half) {
+      add_bias<Element, kColumns / 8>(sums, half * kUpGroups, params.bias[half], work.expert,
+                                      work.n, params.columns);
+    }
+    const auto apply = [&](auto function) {
 #pragma unroll
       for (int first = 0; first < kColumns; first += 64) {
-        const int column = work.n + first;
-        if (column >= params.columns) break;
-#pragma unroll
-        for (int group = 0; group < 8; group += 2) {
-          piece.put_two(group, activated(function, params.activation, sums, first / 8 + group));
-        }
-        piece.store(a + column, params.a.stride, rows, params.columns - column);
+        store_columns(function, params, work, sums, place, first);
       }
     };
     if constexpr (kGating == Gating::gated) {
-      visit_gated(params.activation.kind, activate);
+      visit_gated(params.activation.kind, apply);
     } else {
-      visit_plain(params.activation.kind, activate);
+      visit_plain(params.activation.kind, apply);
     }
   }
 
  private:
-  static __device__ Element* row(const Rows& matrix, const Work& work, const WarpPlace& place) {
-    return static_cast<Element*>(matrix.data) + (work.row_begin + place.row) * matrix.stride;
-  }
+  // H of 64 columns, a half each.
+  struct Rounded {
+    PackedGroups half[kHalves][4];
+  };
 
-  // H of one half: adds the bias, rounds the accumulators in place, stores.
-  static __device__ void round_and_store(const Params& params, const Work& work, Sums& sums,
-                                         const WarpPlace& place, int half) {
-    const Piece<Element> piece{place.staging};
-    add_bias<Element, kColumns / 8>(sums, half * kUpGroups, params.bias[half], work.expert, work.n,
-                                    params.columns);
-#pragma unroll
-    for (int first = 0; first < kColumns; first += 64) {
-      const int column = work.n + first;
-      if (column >= params.columns) break;
-#pragma unroll
-      for (int group = 0; group < 8; group += 2) {
-        const int at = half * kUpGroups + first / 8 + group;
-        const auto packed = packed_groups<Element>(sums, at);
-        piece.put_two(group, packed);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 rounded = unpack_word<Element>(packed.at[i]);
-          sums[4 * at + 2 * i] = rounded.x;
-          sums[4 * at + 2 * i + 1] = rounded.y;
-        }
-      }
-      if (params.h.data != nullptr) {
-        piece.store(row(params.h, work, place) + half * params.columns + column, params.h.stride,
-                    work.rows - place.row, params.columns - column);
-      }
-    }
-  }
-
-  // A of groups `group` and the next.
+  // H and A of 64 columns: A from the rounded H while that is in registers.
   template <typename Function>
-  static __device__ __forceinline__ typename Piece<Element>::Packed activated(
-      Function, const ActivationParams& activation, const Sums& sums, int group) {
-    typename Piece<Element>::Packed packed;
+  static __device__ __forceinline__ void store_columns(Function function, const Params& params,
+                                                       const Work& work, const Sums& sums,
+                                                       const WarpPlace& place, int first) {
+    constexpr int kPieces = kHalves + 1;
+    const Store store(place.staging);
+    const auto row = static_cast<int32_t>(work.row_begin + place.row);
+    const SlotExtent extent = {work.rows - place.row, params.columns - work.n - first};
+    const int piece = first / 64 * kPieces;
+    Rounded h;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      store.piece(
+          piece + half,
+          [&](int group) {
+            h.half[half][group / 2] =
+                packed_groups<Element>(sums, half * kUpGroups + first / 8 + group);
+            return h.half[half][group / 2];
+          },
+          [&](uint32_t slot) {
+            if (params.h.rows.data == nullptr) return;
+            Store::rows(params.h, {work.n + first, half, row}, extent, params.columns, slot);
+          });
+    }
+    store.piece(
+        piece + kHalves,
+        [&](int group) { return activated(function, params.activation, h, group / 2); },
+        [&](uint32_t slot) {
+          if (params.a.rows.data == nullptr) return;
+          Store::rows(params.a, {work.n + first, 0, row}, extent, 0, slot);
+        });
+  }
+
+  // A of the two groups of 8 columns at `at`.
+  template <typename Function>
+  static __device__ __forceinline__ PackedGroups activated(Function,
+                                                           const ActivationParams& activation,
+                                                           const Rounded& h, int at) {
+    PackedGroups packed;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int at = 4 * group + 2 * i;
+      const float2 first = unpack_word<Element>(h.half[0][at].at[i]);
       if constexpr (kGating == Gating::gated) {
-        const int up = at + 4 * kUpGroups;
-        packed.at[i] =
-            pack_word<Element>(Function::at(sums[at], sums[up], activation).value,
-                               Function::at(sums[at + 1], sums[up + 1], activation).value);
+        const float2 up = unpack_word<Element>(h.half[1][at].at[i]);
+        packed.at[i] = pack_word<Element>(Function::at(first.x, up.x, activation).value,
+                                          Function::at(first.y, up.y, activation).value);
       } else {
-        packed.at[i] =
-            pack_word<Element>(Function::at(sums[at]).value, Function::at(sums[at + 1]).value);
+        packed.at[i] = pack_word<Element>(Function::at(first.x).value, Function::at(first.y).value);
       }
     }
     return packed;

@@ -2,12 +2,13 @@
 //
 // Weight gradient: out_e (+)= C_e, in the weights' type or in fp32 (main gradients).
 //
-// Loads the accumulator where there is one; adds in fp32, rounds once, stores. An expert without
-// rows writes exact zeros, or leaves its accumulator untouched. Rows of C are columns of the left
+// Loads the accumulator where there is one; adds in fp32, rounds once, stores (by TMA where there is
+// none and the type is the weights'). An expert without rows writes exact zeros, or leaves its
+// accumulator untouched. Rows of C are columns of the left
 // operand and belong to the half the tile lies in.
 #pragma once
 
-#include "backends/cuda/gemm/epilogue.cuh"
+#include "backends/cuda/gemm/warp_store.cuh"
 
 namespace penstock::cuda {
 
@@ -16,6 +17,7 @@ enum class GradientType : uint8_t { element, fp32 };
 
 // out of one half: (row, column) of expert e at data + e * expert_stride + row * stride + column.
 struct GradientMatrix {
+  CUtensorMap map;  // (column, row, expert), boxes of 64 x 16
   void* data;
   int64_t expert_stride;
   int64_t stride;
@@ -33,18 +35,18 @@ template <typename TileType>
 struct WeightGradientEpilogue {
   using Element = typename TileType::Element;
   using Params = WeightGradientEpilogueParams;
-  static constexpr int kWarpStagingBytes = kPieceBytes;
+  using Store = WarpStore<Element>;
+  static constexpr int kWarpStagingBytes = Store::kBytes;
+  static_assert(kPieceBytes <= kWarpStagingBytes, "fp32 is staged in the same place");
   using Sums = float[TileType::kAccumulators];
 
-  using Early = NoPrefetch;
+  using Operand = NoOperand;
 
   static __device__ int rows_of(const Params& params, const Work& work) {
     return params.rows - work.m;
   }
 
-  static __device__ Early prefetch(const Params&, const Work&, const WarpPlace&) { return {}; }
-
-  static __device__ void run(const Params& params, const Work& work, Sums& sums, const NoPrefetch&,
+  static __device__ void run(const Params& params, const Work& work, Sums& sums,
                              const WarpPlace& place) {
     if (params.rows - work.m <= place.row) return;
     if (params.type == GradientType::fp32) {
@@ -88,21 +90,20 @@ struct WeightGradientEpilogue {
     }
   }
 
-  // Nothing to add: rounded first, so that half the bytes are staged.
+  // Nothing to add: rounded first. TMA drops what lies past the half's rows and columns.
   static __device__ void store_rounded(const Params& params, const Work& work, const Sums& sums,
                                        const WarpPlace& place) {
-    const int64_t stride = params.out[work.m_half + work.n_half].stride;
-    Element* out = first_row<Element>(params, work, place);
-    const Piece<Element> piece{place.staging};
+    const CUtensorMap* map = &params.out[work.m_half + work.n_half].map;
+    const Store store(place.staging);
 #pragma unroll
     for (int first = 0; first < TileType::kN; first += 64) {
-      const int column = work.n + first;
-      if (column >= params.columns) break;
-#pragma unroll
-      for (int group = 0; group < 8; group += 2) {
-        piece.put_two(group, packed_groups<Element>(sums, first / 8 + group));
-      }
-      piece.store(out + column, stride, params.rows - work.m - place.row, params.columns - column);
+      store.piece(
+          first / 64, [&](int group) { return packed_groups<Element>(sums, first / 8 + group); },
+          [&](uint32_t slot) {
+            if (Lane::id() == 0) {
+              arch::tma_store(slot, map, {work.n + first, work.m + place.row, work.expert});
+            }
+          });
     }
   }
 
@@ -113,7 +114,9 @@ struct WeightGradientEpilogue {
     const int64_t stride = params.out[work.m_half + work.n_half].stride;
     Out* out = first_row<Out>(params, work, place);
     const int rows = params.rows - work.m - place.row;
-    const Piece<float> piece{place.staging};
+    arch::bulk_wait_read<0>();  // an earlier tile's copies may still read the staging
+    __syncwarp();
+    const WidePiece piece{place.staging};
 #pragma unroll
     for (int first = 0; first < TileType::kN; first += 32) {
       const int column = work.n + first;
@@ -121,8 +124,8 @@ struct WeightGradientEpilogue {
 #pragma unroll
       for (int group = 0; group < 4; ++group) piece.put(group, group_of(sums, first / 8 + group));
       __syncwarp();
-      piece.each_vector(rows, params.columns - column, [&](const uint4& staged, int row, int at) {
-        write(out + row * stride + column + at, reinterpret_cast<const float4&>(staged),
+      piece.each_vector(rows, params.columns - column, [&](const float4& staged, int row, int at) {
+        write(out + row * stride + column + at, staged,
               params.accumulate);
       });
       __syncwarp();

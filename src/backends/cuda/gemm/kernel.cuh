@@ -4,8 +4,9 @@
 // consumer warpgroups. A product is four types: Tile, Schedule, Producer, Epilogue.
 //
 // Every CTA walks its own list of tiles (Schedule); the producer runs ahead through the ring of
-// stages, across tile boundaries; consumers start what the epilogue will need from
-// memory, multiply, then run the epilogue on their own rows.
+// stages, across tile boundaries; consumers start what the epilogue will need from memory, multiply,
+// then run the epilogue on their own rows. What an epilogue reads much of (its Operand) comes through
+// the ring too, in stages of its own behind the tile's k tiles.
 #pragma once
 
 #include "backends/cuda/arch/launch.cuh"
@@ -20,10 +21,11 @@ struct Gemm {
   using Schedule = ScheduleType;
   using Producer = ProducerType;
   using Epilogue = EpilogueType;
+  using Operand = typename Epilogue::Operand;
 
   static constexpr int kStagingBytes = Tile::kConsumerWarps * Epilogue::kWarpStagingBytes;
-  static constexpr int kBarrierBytes = 256;
-  static constexpr int kAlignment = 1024;
+  static constexpr int kAlignment = 1024;  // of what is swizzled
+  static constexpr int kBarrierBytes = kAlignment;
   static constexpr int kStagesThatFit =
       (kSharedLimit - kAlignment - kStagingBytes - kBarrierBytes) / Tile::kStageBytes;
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
@@ -45,7 +47,7 @@ template <typename G>
 __device__ __forceinline__ void produce(const typename G::Params& params,
                                         const typename G::RingType& ring) {
   typename G::Schedule schedule(params.schedule);
-  G::Producer::run(params.operands, schedule, ring);
+  G::Producer::run(params.operands, schedule, ring, typename G::Operand{params.epilogue});
 }
 
 // One consumer warp's share of a kernel: which tiles and which rows of them are its own.
@@ -53,6 +55,27 @@ struct Consumer {
   int group;  // warpgroup
   int warp;   // inside it
   uint8_t* staging;
+};
+
+// The stages of a tile's Operand, as one consumer warp meets them.
+template <typename Main, typename RingType>
+struct OperandStages {
+  const RingType& ring;
+  typename RingType::State& state;
+
+  // The address of the next, once it is full.
+  __device__ uint32_t take() {
+    const int stage = state.stage();
+    arch::barrier_wait(ring.full(stage), state.parity());
+    state.advance();
+    return ring.a(stage);
+  }
+  // Hand back the one taken last, and the one before it.
+  __device__ void give_back_last() { Main::release(ring, before(state.stage())); }
+  __device__ void give_back_second_last() { Main::release(ring, before(before(state.stage()))); }
+
+ private:
+  static __device__ int before(int stage) { return (stage == 0 ? RingType::kStages : stage) - 1; }
 };
 
 // The products of one tile and its epilogue, block by block.
@@ -64,9 +87,9 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
   using TileType = typename G::Tile;
   using Epilogue = typename G::Epilogue;
   using Main = Multiply<TileType, G::Producer::kFill, typename G::RingType>;
-  const int first_block = TileType::kTurns == Turns::together ? self.group * TileType::kBlocks : 0;
+  const int first_block = self.group * TileType::kBlocks;
   const int rows = Epilogue::rows_of(params.epilogue, work) - first_block * 64;
-  if (rows <= 0) return Main::skip(ring, state, self.group, work.k_tiles);
+  if (rows <= 0) return Main::skip(ring, state, work.k_tiles + G::Operand::kStages);
   const auto place = [&](int block) {
     return WarpPlace{self.staging, (first_block + block) * 64 + self.warp * 16};
   };
@@ -79,20 +102,23 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
     }
   }
   typename Main::Sums sums;
-  typename Epilogue::Early early[TileType::kBlocks];
-#pragma unroll
-  for (int block = 0; block < TileType::kBlocks; ++block) {
-    early[block] = Epilogue::prefetch(params.epilogue, work, place(block));
-  }
-  if (TileType::kBlocks == 1 || rows <= 64) {
+  if constexpr (G::Operand::kStages > 0) {
+    static_assert(TileType::kBlocks == 1, "an operand's stage is read once");
+    const auto early = Epilogue::prefetch(params.epilogue, work, place(0));
     Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
+    OperandStages<Main, typename G::RingType> stages{ring, state};
+    Epilogue::run(params.epilogue, work, sums[0], early, place(0), stages);
   } else {
-    Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles);
-  }
+    if (TileType::kBlocks == 1 || rows <= 64) {
+      Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
+    } else {
+      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles);
+    }
 #pragma unroll
-  for (int block = 0; block < TileType::kBlocks; ++block) {
-    if (block * 64 >= rows) break;
-    Epilogue::run(params.epilogue, work, sums[block], early[block], place(block));
+    for (int block = 0; block < TileType::kBlocks; ++block) {
+      if (block * 64 >= rows) break;
+      Epilogue::run(params.epilogue, work, sums[block], place(block));
+    }
   }
 }
 
@@ -104,14 +130,7 @@ __device__ __forceinline__ void consume(const typename G::Params& params,
   typename G::Schedule schedule(params.schedule);
   typename G::RingType::State state;
   Work work;
-  Turn<G::Tile::kTurns>::begin(self.group);
-  for (int turn = 0; schedule.next(work); turn ^= 1) {
-    if (G::Tile::kTurns == Turns::alternating && turn != self.group) {
-      state.advance(work.k_tiles);
-    } else {
-      consume_tile<G>(params, ring, state, work, self);
-    }
-  }
+  while (schedule.next(work)) consume_tile<G>(params, ring, state, work, self);
 }
 
 template <typename G>
@@ -120,9 +139,8 @@ __global__ void __launch_bounds__(G::Tile::kThreads, 1)
   extern __shared__ uint8_t shared[];
   uint8_t* base =
       shared + (G::kAlignment - arch::shared_address(shared) % G::kAlignment) % G::kAlignment;
-  uint8_t* staging = base + G::kStages * G::Tile::kStageBytes;
-  const typename G::RingType ring{arch::shared_address(base),
-                                  arch::shared_address(staging + G::kStagingBytes)};
+  uint8_t* staging = base + G::kStages * G::Tile::kStageBytes + G::kBarrierBytes;
+  const typename G::RingType ring{arch::shared_address(base)};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < G::kStages; ++stage) {
       arch::barrier_init(ring.full(stage), G::Producer::kArrivals);

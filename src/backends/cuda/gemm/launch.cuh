@@ -19,6 +19,7 @@
 #include "backends/cuda/gemm/load_rows.cuh"
 #include "backends/cuda/gemm/products.h"
 #include "backends/cuda/gemm/tensor_map.h"
+#include "backends/cuda/gemm/warp_store.cuh"
 #include "penstock/error.h"
 
 namespace penstock::cuda {
@@ -78,6 +79,26 @@ inline Groups groups_of(const RowGroups& rows) {
 
 inline Rows rows_of(const TensorView& view) {
   return view.present() ? Rows{view.data, view.stride(0)} : Rows{nullptr, 0};
+}
+
+// A matrix of `halves` times n columns as TMA sees it, in boxes of 64 columns.
+template <typename Element>
+CUtensorMap halves_map(const char* what, const TensorView& view, int64_t halves, int32_t rows) {
+  const int64_t n = view.size(1) / halves;
+  require_vectors(what, view.data, {view.stride(0)});
+  return make_tensor_map({what,
+                          view.data,
+                          kDTypeOf<Element>,
+                          {n, halves, view.size(0)},
+                          {n, view.stride(0)},
+                          {64, 1, rows}});
+}
+
+// Where epilogues store rows of `halves` times n columns; absent: not wanted.
+template <typename Element>
+RowTarget row_target(const char* what, const TensorView& view, int64_t halves) {
+  if (!view.present()) return {};
+  return {halves_map<Element>(what, view, halves, kSlotRows), rows_of(view)};
 }
 
 inline Bias bias_of(const GroupedVector& bias) {
@@ -207,9 +228,9 @@ void with_row_tile(const RowProblem& problem, const Launcher& launcher) {
                                        : with_token_tile<Major::mn>(problem, launcher);
 }
 
-// The crew of row tiles of kTileM: 64 rows are one warpgroup's, and too few to share weights over.
-template <int kTileM, Turns kTurns>
-using RowCrew = std::conditional_t<kTileM == 64, Crew<Turns::together, 1>, Crew<kTurns, 2>>;
+// CTAs of a cluster over row tiles of kTileM: 64 rows are too few to share weights over.
+template <int kTileM>
+inline constexpr int kRowCluster = kTileM == 64 ? 1 : 2;
 
 template <typename TileType, int kHalvesN, template <typename, int> class Producer,
           typename Epilogue>

@@ -40,8 +40,10 @@ struct GatheredColumns {
   static_assert(TileType::kMajorA == Major::mn && TileType::kMajorB == Major::mn,
                 "the reduced axis is the row axis of both operands");
 
-  template <typename Schedule, typename RingType>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+  template <typename Schedule, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+                             const Operand&) {
+    static_assert(Operand::kStages == 0, "only gathered rows bring an epilogue's operand");
     const int thread = threadIdx.x;
     const int first_row = thread / 8;
     typename RingType::State state;
@@ -55,10 +57,10 @@ struct GatheredColumns {
       for (int tile = 0; tile < work.k_tiles; ++tile) {
         const int row = tile * 64 + first_row;
         const Rows next = rows_of(params.row_to_token, work, row + 64);
-        arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
-        const uint32_t full = ring.full(state.stage);
-        const uint32_t to_left = ring.a(state.stage);
-        const uint32_t to_right = ring.b(state.stage);
+        arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
+        const uint32_t full = ring.full(state.stage());
+        const uint32_t to_left = ring.a(state.stage());
+        const uint32_t to_right = ring.b(state.stage());
         const uint32_t to_gathered = kGathered == Gathered::left ? to_left : to_right;
         const uint32_t to_direct = kGathered == Gathered::left ? to_right : to_left;
         if (tile * 64 + 64 <= work.rows) {

@@ -23,14 +23,21 @@ struct WithLowRank {
   using Tile = typename Base::Tile;
   using Weights = typename Base::Weights;
 
-  template <typename Schedule, typename RingType>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+  template <typename Schedule, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+                             const Operand& operand) {
+    static_assert(Operand::kStages == 0 || kFill == Fill::mixed,
+                  "only gathered rows bring an epilogue's operand");
     if (threadIdx.x >= Base::kThreads) return;
     typename RingType::State state;
     Work work;
     while (schedule.next(work)) {
+      if constexpr (Operand::kStages > 0) {
+        if (threadIdx.x == 0) operand.prefetch(work);
+      }
       Base::fill(params.base, work, work.k_tiles - params.term.k_tiles, ring, state);
       fill_term(params.term, work, ring, state);
+      fill_operand(operand, work, ring, state);
     }
   }
 
@@ -40,13 +47,13 @@ struct WithLowRank {
                                                    const RingType& ring,
                                                    typename RingType::State& state) {
     for (int tile = 0; tile < term.k_tiles; ++tile) {
-      arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
-      const uint32_t full = ring.full(state.stage);
+      arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
+      const uint32_t full = ring.full(state.stage());
       if (threadIdx.x == 0) {
         arch::barrier_arrive_expect(full, Tile::kBytesA + Weights::kBytes);
-        arch::tma_load(ring.a(state.stage), &term.rows, full,
+        arch::tma_load(ring.a(state.stage()), &term.rows, full,
                        {tile * kTileK, 0, static_cast<int32_t>(work.row_begin)});
-        Weights::issue(term.weights, work, {0, tile * kTileK}, ring.b(state.stage), full);
+        Weights::issue(term.weights, work, {0, tile * kTileK}, ring.b(state.stage()), full);
       }
       // The barrier counts every lane that copies the base's rows; here they have nothing to copy.
       if constexpr (kFill == Fill::mixed) arch::barrier_arrive(full);

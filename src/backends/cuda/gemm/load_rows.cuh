@@ -36,8 +36,10 @@ struct ContiguousRows {
   using Tile = TileType;
   using Weights = LoadWeights<TileType, kHalvesN>;
 
-  template <typename Schedule, typename RingType>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+  template <typename Schedule, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+                             const Operand&) {
+    static_assert(Operand::kStages == 0, "only gathered rows bring an epilogue's operand");
     if (threadIdx.x >= kThreads) return;
     typename RingType::State state;
     Work work;
@@ -51,13 +53,13 @@ struct ContiguousRows {
                                               typename RingType::State& state) {
     StageK at{0, 0};
     for (int tile = 0; tile < k_tiles; ++tile) {
-      arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
+      arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
       if (threadIdx.x == 0) {
-        const uint32_t full = ring.full(state.stage);
+        const uint32_t full = ring.full(state.stage());
         arch::barrier_arrive_expect(full, TileType::kBytesA + Weights::kBytes);
-        arch::tma_load(ring.a(state.stage), &params.rows, full,
+        arch::tma_load(ring.a(state.stage()), &params.rows, full,
                        {at.k, at.half, static_cast<int32_t>(work.row_begin)});
-        Weights::issue(params.weights, work, at, ring.b(state.stage), full);
+        Weights::issue(params.weights, work, at, ring.b(state.stage()), full);
       }
       state.advance();
       at.k += kTileK;
@@ -65,6 +67,26 @@ struct ContiguousRows {
     }
   }
 };
+
+// The stages of an epilogue's operand behind a tile's k tiles, by all threads of a producer that
+// gathers.
+template <typename Operand, typename RingType>
+__device__ __forceinline__ void fill_operand(const Operand& operand, const Work& work,
+                                             const RingType& ring,
+                                             typename RingType::State& state) {
+  if constexpr (Operand::kStages > 0) {
+    for (int i = 0; i < Operand::kStages; ++i) {
+      arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
+      const uint32_t full = ring.full(state.stage());
+      if (threadIdx.x == 0) {
+        arch::barrier_arrive_expect(full, Operand::kBytes);
+        operand.load(work, i, ring.a(state.stage()), full);
+      }
+      arch::barrier_arrive(full);  // in place of the lane's copies
+      state.advance();
+    }
+  }
+}
 
 template <typename TileType, int kHalvesN>
 struct GatheredRows {
@@ -81,11 +103,18 @@ struct GatheredRows {
   using Weights = LoadWeights<TileType, kHalvesN>;
   static_assert(TileType::kMajorA == Major::k, "token rows are contiguous along k");
 
-  template <typename Schedule, typename RingType>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring) {
+  template <typename Schedule, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+                             const Operand& operand) {
     typename RingType::State state;
     Work work;
-    while (schedule.next(work)) fill(params, work, work.k_tiles, ring, state);
+    while (schedule.next(work)) {
+      if constexpr (Operand::kStages > 0) {
+        if (threadIdx.x == 0) operand.prefetch(work);
+      }
+      fill(params, work, work.k_tiles, ring, state);
+      fill_operand(operand, work, ring, state);
+    }
   }
 
   // The first `k_tiles` stages of one tile.
@@ -110,15 +139,15 @@ struct GatheredRows {
       valid |= (exists ? 1u : 0u) << i;
     }
     for (int tile = 0; tile < k_tiles; ++tile) {
-      arch::barrier_wait(ring.empty(state.stage), state.parity ^ 1);
-      const uint32_t full = ring.full(state.stage);
+      arch::barrier_wait(ring.empty(state.stage()), state.parity() ^ 1);
+      const uint32_t full = ring.full(state.stage());
       if (thread == 0) {
         arch::barrier_arrive_expect(full, Weights::kBytes);
-        Weights::issue(params.weights, work, {0, tile * kTileK}, ring.b(state.stage), full);
+        Weights::issue(params.weights, work, {0, tile * kTileK}, ring.b(state.stage()), full);
       }
       const int32_t k = tile * kTileK;
       const uint32_t live = k + chunk * 8 < params.k_extent ? valid : 0;
-      const uint32_t destination = ring.a(state.stage) + offset;
+      const uint32_t destination = ring.a(state.stage()) + offset;
 #pragma unroll
       for (int i = 0; i < kRowsPerThread; ++i) {
         arch::copy_async_16(destination + i * 16 * 128, rows[i] + k, (live >> i & 1) * 16);

@@ -13,30 +13,6 @@
 
 namespace penstock::cuda {
 
-// Whose turn it is to multiply, where warpgroups alternate: stages are told apart by the parity of
-// one barrier, so a warpgroup may not wait for its own before the other has waited for all of its.
-template <Turns kTurns>
-struct Turn {
-  static __device__ void begin(int) {}
-  static __device__ void take(int) {}
-  static __device__ void pass(int) {}
-};
-template <>
-struct Turn<Turns::alternating> {
-  static __device__ void begin(int group) {
-    if (group == 1) pass(group);
-  }
-  static __device__ void take(int group) {
-    arch::named_barrier_sync(kFirstId + group, 2 * kWarpgroup);
-  }
-  static __device__ void pass(int group) {
-    arch::named_barrier_arrive(kFirstId + (group ^ 1), 2 * kWarpgroup);
-  }
-
- private:
-  static constexpr uint32_t kFirstId = 1;  // 0 is __syncthreads
-};
-
 template <typename TileType, Fill kFill, typename RingType>
 struct Multiply {
   using State = typename RingType::State;
@@ -44,49 +20,45 @@ struct Multiply {
       arch::Wgmma<typename TileType::Element, TileType::kN, TileType::kMajorA, TileType::kMajorB>;
   // By block of 64 rows.
   using Sums = float[TileType::kBlocks][TileType::kAccumulators];
-  using TurnType = Turn<TileType::kTurns>;
 
   // Sums of the first kLive of the warpgroup's blocks.
   template <int kLive>
   static __device__ __forceinline__ void run(Sums& sums, const RingType& ring, State& state,
                                              int group, int k_tiles) {
-    const int first_block = TileType::kTurns == Turns::together ? group * TileType::kBlocks : 0;
+    const int first_block = group * TileType::kBlocks;
     int previous = 0;
-    TurnType::take(group);
 #pragma unroll 1
     for (int tile = 0; tile < k_tiles; ++tile) {
       wait_full(ring, state);
       fence<kLive>(sums);
       arch::wgmma_fence();
-      issue<kLive>(sums, ring, state.stage, first_block, tile);
+      issue<kLive>(sums, ring, state.stage(), first_block, tile);
       arch::wgmma_commit();
       arch::wgmma_wait<1>();
       if (tile > 0) release(ring, previous);
-      previous = state.stage;
+      previous = state.stage();
       state.advance();
     }
-    TurnType::pass(group);
     arch::wgmma_wait<0>();
     fence<kLive>(sums);
     release(ring, previous);
   }
 
-  static __device__ void skip(const RingType& ring, State& state, int group, int k_tiles) {
-    TurnType::take(group);
-    for (int tile = 0; tile < k_tiles; ++tile) {
+  // Hands back `count` stages unread.
+  static __device__ void skip(const RingType& ring, State& state, int count) {
+    for (int i = 0; i < count; ++i) {
       wait_full(ring, state);
-      release(ring, state.stage);
+      release(ring, state.stage());
       state.advance();
     }
-    TurnType::pass(group);
   }
 
- private:
   static __device__ __forceinline__ void wait_full(const RingType& ring, const State& state) {
-    arch::barrier_wait(ring.full(state.stage), state.parity);
+    arch::barrier_wait(ring.full(state.stage()), state.parity());
     if constexpr (kFill == Fill::mixed) arch::fence_proxy_async_shared();
   }
 
+  // Called by all lanes of a warp: it has read the stage.
   static __device__ __forceinline__ void release(const RingType& ring, int stage) {
     __syncwarp();
     const uint32_t lane = threadIdx.x % 32;
@@ -98,6 +70,7 @@ struct Multiply {
     }
   }
 
+ private:
   template <int kLive>
   static __device__ __forceinline__ void fence(Sums& sums) {
 #pragma unroll

@@ -24,8 +24,7 @@ struct LogitsLauncher {
   void run() const {
     const bool vectors = logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 &&
                          reinterpret_cast<uintptr_t>(logits.data) % 16 == 0;
-    using TileType =
-        Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor, Crew<Turns::together, 1>>;
+    using TileType = Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor, 1>;
     if (vectors) {
       start<TileType, RowAlignment::vector>();
     } else {
@@ -35,9 +34,9 @@ struct LogitsLauncher {
 
   template <typename TileType, RowAlignment kAlignment>
   void start() const {
-    using G = RowGemm<TileType, 1, GatheredRows, StoreEpilogue<TileType, float, kAlignment>>;
+    using G = RowGemm<TileType, 1, GatheredRows, StoreWideEpilogue<TileType, kAlignment>>;
     launch_rows<G, kLogitsTileN>(
-        problem, {rows_of(logits), {}, nullptr, static_cast<int32_t>(problem.b.n_extent)}, context);
+        problem, {rows_of(logits), static_cast<int32_t>(problem.b.n_extent)}, context);
   }
 };
 

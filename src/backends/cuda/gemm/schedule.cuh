@@ -67,18 +67,19 @@ class RowSchedule {
   }
 
   __device__ bool next(Work& work) {
-    while (tile_ >= base_tile_ + listed()) {
+    int32_t total = tiles();
+    while (tile_ >= listed(total)) {
       if (base_expert_ + 32 >= params_.groups.num_experts) return false;
-      base_tile_ += listed();
+      tile_ -= listed(total);
       load(base_expert_ + 32);
+      total = tiles();
     }
-    const int32_t local = tile_ - base_tile_;
-    Place place = locate(local);
+    Place place = locate(tile_);
     Direct direct = Direct::own;
     if constexpr (kCluster == 2) {
       // Past the last tile of these experts: the neighbour's, without rows.
       const Place second =
-          local + 1 < total_ ? locate(local + 1) : Place{place.expert, place.m, place.n, 0};
+          tile_ + 1 < total ? locate(tile_ + 1) : Place{place.expert, place.m, place.n, 0};
       if (second.expert == place.expert && second.n == place.n) direct = Direct::shared;
       if (blockIdx.x % 2 == 1) place = second;
     }
@@ -103,8 +104,11 @@ class RowSchedule {
     int32_t rows;
   };
 
-  // Tiles of these 32 experts in the list, whole clusters of them.
-  __device__ int32_t listed() const { return (total_ + kCluster - 1) / kCluster * kCluster; }
+  // Tiles of these 32 experts, and what they take of the list: whole clusters.
+  __device__ int32_t tiles() const { return __shfl_sync(~0u, inclusive_, 31); }
+  static __device__ int32_t listed(int32_t tiles) {
+    return (tiles + kCluster - 1) / kCluster * kCluster;
+  }
 
   __device__ Place locate(int32_t local) const {
     const int source = __ffs(__ballot_sync(~0u, inclusive_ > local)) - 1;
@@ -125,19 +129,25 @@ class RowSchedule {
     inclusive_ = (count_ + kTileM - 1) / kTileM * params_.n_tiles;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int32_t below = __shfl_up_sync(~0u, inclusive_, distance);
-      if (lane >= distance) inclusive_ += below;
+      // The instruction's own predicate: comparisons of the lane would be kept for the whole kernel,
+      // five of a thread's seven predicates, and the epilogues' would be spilled.
+      asm volatile(
+          "{\n"
+          ".reg .pred exists;\n"
+          ".reg .s32 below;\n"
+          "shfl.sync.up.b32 below|exists, %0, %1, 0, 0xffffffff;\n"
+          "@exists add.s32 %0, %0, below;\n"
+          "}"
+          : "+r"(inclusive_)
+          : "r"(distance));
     }
-    total_ = __shfl_sync(~0u, inclusive_, 31);
   }
 
   const Params& params_;
-  int32_t tile_;
+  int32_t tile_;  // counted from the first of these 32 experts
   int32_t base_expert_ = 0;
-  int32_t base_tile_ = 0;
   int32_t count_ = 0;
   int32_t inclusive_ = 0;
-  int32_t total_ = 0;
 };
 
 // Tiles of one axis of an output: `tiles` per half.

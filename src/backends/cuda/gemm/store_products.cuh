@@ -19,12 +19,11 @@ struct StoreLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
-    using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
-    using G = RowGemm<TileType, 1, Producer, Epilogue>;
+    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
+    using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
     launch_rows<G, kWideTileN>(problem,
-                               {rows_of(output.out), bias_of(output.bias), output.scale,
+                               {row_target<Element>("output rows", output.out, 1),
+                                {bias_of(output.bias), output.scale},
                                 static_cast<int32_t>(problem.b.n_extent)},
                                context);
   }
@@ -32,7 +31,6 @@ struct StoreLauncher {
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
-  require_vectors("output rows", output.out.data, {output.out.stride(0)});
   if (problem.low_rank.present()) return adapted_store_rows<Element>(problem, output, context);
   if (problem.b.n_extent <= kThinTileN) return thin_rows<Element>(problem, output, context);
   with_row_tile(problem, StoreLauncher<Element, ContiguousRows>{problem, output, context});

@@ -18,11 +18,11 @@ struct ThinLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    using TileType = Tile<Element, kTileM, kThinTileN, Major::k, kMajor, Crew<Turns::together, 1>>;
-    using Epilogue = StoreEpilogue<TileType, Element, RowAlignment::vector>;
-    using G = RowGemm<TileType, 1, Producer, Epilogue>;
+    using TileType = Tile<Element, kTileM, kThinTileN, Major::k, kMajor, 1>;
+    using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
     launch_rows<G, kThinTileN>(problem,
-                               {rows_of(output.out), bias_of(output.bias), output.scale,
+                               {row_target<Element>("output rows", output.out, 1),
+                                {bias_of(output.bias), output.scale},
                                 static_cast<int32_t>(problem.b.n_extent)},
                                context);
   }

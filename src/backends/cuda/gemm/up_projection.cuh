@@ -19,8 +19,7 @@ struct UpProjectionLauncher {
   template <int kTileM, Major kMajor>
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-    using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, RowCrew<kTileM, Turns::together>>;
+    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, kHalves, Producer, UpEpilogue<TileType, kGating>>;
     launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
   }
@@ -47,13 +46,11 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
                               groups_of(args.rows),
                               args.rows.row_capacity,
                               args.low_rank};
-  const UpEpilogueParams epilogue = {rows_of(args.h),
-                                     rows_of(args.a),
+  const UpEpilogueParams epilogue = {row_target<Element>("h", args.h, w.halves),
+                                     row_target<Element>("a", args.a, 1),
                                      {bias_of(w.b[0]), bias_of(w.b[1])},
                                      activation_of(args.activation),
                                      static_cast<int32_t>(n)};
-  if (args.h.present()) require_vectors("h", args.h.data, {args.h.stride(0)});
-  if (args.a.present()) require_vectors("a", args.a.data, {args.a.stride(0)});
   if (args.low_rank.present()) return adapted_up_projection<Element>(problem, epilogue, context);
   if (!args.a.present() && w.halves == 1 && n <= kThinTileN)
     return thin_rows<Element>(problem, {args.h, w.b[0], nullptr}, context);

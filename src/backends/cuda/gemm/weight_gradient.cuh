@@ -45,7 +45,7 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   constexpr int kTileM = kGathered == Gathered::left ? kGatheredTile : kDirectTile;
   constexpr int kTileN = kGathered == Gathered::left ? kDirectTile : kGatheredTile;
   constexpr Axis kFastest = kGathered == Gathered::left ? Axis::m : Axis::n;
-  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, Crew<Turns::together, 2>>;
+  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, 2>;
   using G = Gemm<TileType, ColumnSchedule<TileType, kFastest>, GatheredColumns<TileType, kGathered>,
                  WeightGradientEpilogue<TileType>>;
   const GradientSide& gathered = kGathered == Gathered::left ? left : right;
@@ -69,6 +69,19 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   launch<G>("weight_gradient", params, per_expert * args.rows.num_experts(), context);
 }
 
+// One half of the output where TMA stores it; fp32 gradients and added ones are stored by threads.
+template <typename Element>
+CUtensorMap gradient_map(const WeightGradientEpilogueParams& epilogue, const GroupedMatrix& out,
+                         int64_t stride, int64_t num_experts) {
+  if (epilogue.type == GradientType::fp32) return {};
+  return make_tensor_map({"weight gradient",
+                          out.data,
+                          kDTypeOf<Element>,
+                          {epilogue.columns, epilogue.rows, num_experts},
+                          {stride, num_experts == 1 ? 8 : out.expert_stride},
+                          {64, kSlotRows, 1}});
+}
+
 template <typename Element>
 void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   if (args.left_access == RowAccess::gathered && args.right_access == RowAccess::gathered) {
@@ -82,6 +95,11 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   const GradientSide& left = swap ? right_op : left_op;
   const GradientSide& right = swap ? left_op : right_op;
   WeightGradientEpilogueParams epilogue = {};
+  epilogue.rows = static_cast<int32_t>(left.view.size(1) / left.halves);
+  epilogue.columns = static_cast<int32_t>(right.view.size(1) / right.halves);
+  epilogue.accumulate = args.mode == GradMode::accumulate ? Accumulate::yes : Accumulate::no;
+  epilogue.type = args.out[0].dtype == DType::float32 ? GradientType::fp32 : GradientType::element;
+  const int64_t num_experts = args.rows.num_experts();
   const int64_t fp32_vectors = args.out[0].dtype == DType::float32 ? 2 : 1;
   for (size_t half = 0; half < static_cast<size_t>(args.halves); ++half) {
     const GroupedMatrix& out = args.out[half];
@@ -95,13 +113,10 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
     }
     require_vectors("weight gradient", out.data,
                     {stride * fp32_vectors,
-                     args.rows.num_experts() == 1 ? 0 : out.expert_stride * fp32_vectors});
-    epilogue.out[half] = {out.data, out.expert_stride, stride};
+                     num_experts == 1 ? 0 : out.expert_stride * fp32_vectors});
+    epilogue.out[half] = {gradient_map<Element>(epilogue, out, stride, num_experts), out.data,
+                          out.expert_stride, stride};
   }
-  epilogue.rows = static_cast<int32_t>(left.view.size(1) / left.halves);
-  epilogue.columns = static_cast<int32_t>(right.view.size(1) / right.halves);
-  epilogue.accumulate = args.mode == GradMode::accumulate ? Accumulate::yes : Accumulate::no;
-  epilogue.type = args.out[0].dtype == DType::float32 ? GradientType::fp32 : GradientType::element;
   if (left.access == RowAccess::gathered) {
     launch_gradient<Element, Gathered::left>(left, right, args, epilogue, context);
   } else {

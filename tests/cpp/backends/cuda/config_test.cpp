@@ -90,8 +90,8 @@ TEST(WhyNotAdapters, NamesWhatItRefuses) {
 
 TEST(ScorePartials, AreOneATile) {
   EXPECT_EQ(score_partials_of(8), 1);
-  EXPECT_EQ(score_partials_of(128), 1);
-  EXPECT_EQ(score_partials_of(136), 2);
+  EXPECT_EQ(score_partials_of(256), 1);
+  EXPECT_EQ(score_partials_of(264), 2);
 }
 
 TEST(RouterScratch, HoldsEveryPieceApart) {
