@@ -37,15 +37,18 @@ class Layer:
     foreign: str = ""
 
 
+# The contract, and what every backend must compute alike.
+SHARED = ("src/backend/ops.h", "src/backend/count_rounding.h", "src/backend/ranking.h")
+
 # Longest folder first: a file belongs to the first layer whose folder it is in.
 LAYERS = (
     Layer("include/penstock", ()),
     Layer("src/tensor", ()),
     Layer("src/backends/cpu/reference", ("src/backend/ops.h", "src/backends/cpu/common")),
     Layer("src/backends/cpu/fast", ("src/backend/ops.h", "src/backends/cpu/common")),
-    Layer("src/backends/cpu/common", ("src/backend/ops.h", "src/backend/count_rounding.h")),
+    Layer("src/backends/cpu/common", SHARED),
     Layer("src/backends/cuda/arch", (), CUDA_HEADERS),
-    Layer("src/backends/cuda", ("src/backend/ops.h", "src/backend/count_rounding.h"), CUDA_HEADERS),
+    Layer("src/backends/cuda", SHARED, CUDA_HEADERS),
     # The registry lists the backends by name: it sees the one header of each that declares it.
     Layer(
         "src/backend",

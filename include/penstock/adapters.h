@@ -7,7 +7,8 @@
 //
 // The adapters' terms are summed inside the products of the weights: no expert's weight is copied
 // or changed, and the adapters' scale is part of B. Kept for backward: what experts.h keeps. All
-// gradients but those of the frozen weights and biases are there.
+// gradients but those of the frozen weights and biases are there. These passes run in the fast
+// order and preserve H, whatever the config says.
 #pragma once
 
 #include "penstock/experts.h"

@@ -46,9 +46,20 @@ enum class WeightOrder : uint8_t { output_major, input_major };
 // What forward leaves for backward. `nothing` is inference: backward is refused.
 enum class SavePolicy : uint8_t { preactivation, input, nothing };
 
+// How much memory a pass uses beside its results. low_memory: Y and dX~, the widest arrays of a
+// pass, exist a quarter of their columns at a time (256 at least), at the price of reading A and dH
+// again for every block. The same bits either way.
+enum class LaunchOrder : uint8_t { fast, low_memory };
+
+// What a backward pass does with the H that forward kept. overwritten: dH is written over it, which
+// saves its bytes of workspace, and the pass cannot be run again.
+enum class KeptH : uint8_t { preserved, overwritten };
+
 PENSTOCK_API std::string_view name_of(GateLayout layout);
 PENSTOCK_API std::string_view name_of(WeightOrder order);
 PENSTOCK_API std::string_view name_of(SavePolicy policy);
+PENSTOCK_API std::string_view name_of(LaunchOrder order);
+PENSTOCK_API std::string_view name_of(KeptH kept);
 
 struct ExpertsConfig {
   Activation activation = Activation::swiglu;
@@ -57,6 +68,8 @@ struct ExpertsConfig {
   SavePolicy save = SavePolicy::preactivation;
   float clamp_alpha = 1.702f;  // swiglu_clamped only
   float clamp_limit = 7.0f;    // swiglu_clamped only
+  LaunchOrder order = LaunchOrder::fast;
+  KeptH kept_h = KeptH::preserved;  // under SavePolicy::preactivation
 
   int64_t halves() const { return is_gated(activation) ? 2 : 1; }
 };
@@ -117,7 +130,8 @@ struct WeightGrads {
                          // their slices are left as they are in either mode.
 };
 
-// dH and A' between the two halves of a backward pass whose weight gradients come later.
+// dH and A' between the two halves of a backward pass whose weight gradients come later. dh may
+// be H itself where KeptH says that H is overwritten.
 struct DelayedWeightGrads {
   TensorView dh;        // (R_cap, h)  written by backward_data, read by backward_weights
   TensorView a_scaled;  // (R_cap, n)
@@ -130,7 +144,7 @@ struct ExpertsBackwardArgs {
   ExpertWeights weights;  //
   TensorView scores;      //
   RoutingPlan plan;       //
-  TensorView h;           // as forward left it; absent under SavePolicy::input
+  TensorView h;           // as forward left it, see KeptH; absent under SavePolicy::input
   TensorView dx;          // (T, d) out; dispatched: (R_cap, d); absent: not wanted
   TensorView dscores;     // (slots) out, dtype of scores; skipped slots get 0; absent: not wanted
   WeightGrads weight_grads;

@@ -32,10 +32,12 @@ class Config(NamedTuple):
     save: str = "preactivation"
     clamp_alpha: float = 1.702
     clamp_limit: float = 7.0
+    order: str = "fast"  # or "low_memory"
+    kept_h: str = "preserved"  # by a backward pass, or "overwritten"
 
     def pack(self) -> str:
         """The names in one string, which an operator's schema can carry."""
-        return f"{self.activation},{self.gate_layout},{self.weight_order},{self.save}"
+        return ",".join((*self[:4], *self[6:]))
 
     @property
     def clamp(self) -> list[float]:
@@ -45,7 +47,8 @@ class Config(NamedTuple):
     @staticmethod
     def unpack(packed: str, clamp: list[float]) -> Config:
         """The inverse of pack and clamp."""
-        return Config(*packed.split(","), *clamp)
+        names = packed.split(",")
+        return Config(*names[:4], *clamp, *names[4:])
 
     @property
     def halves(self) -> int:

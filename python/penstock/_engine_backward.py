@@ -162,9 +162,10 @@ def data_grads(saved: Saved, wanted: tuple[bool, bool]) -> tuple[Any, Any]:
 
 
 def _new_delayed(saved: Saved, problem: Problem) -> Delayed:
+    """Room for dH and A'; dH takes the place of an H that is overwritten."""
     arrays = arrays_of(saved.x)
     n, rows = problem.intermediate_size, problem.row_capacity
-    return Delayed(
-        arrays.empty((rows, saved.config.halves * n), problem.dtype, saved.x),
-        arrays.empty((rows, n), problem.dtype, saved.x),
-    )
+    dh = saved.h if saved.config.kept_h == "overwritten" else None
+    if dh is None:
+        dh = arrays.empty((rows, saved.config.halves * n), problem.dtype, saved.x)
+    return Delayed(dh, arrays.empty((rows, n), problem.dtype, saved.x))

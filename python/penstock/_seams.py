@@ -18,7 +18,7 @@ from penstock import _engine, _engine_backward
 from penstock._context import CallContext
 from penstock._engine import Config, Plan, Weights
 from penstock._engine_backward import NOTHING, Into, Saved
-from penstock._torch_ops import rows_of_unit_stride
+from penstock._torch_ops import for_this_pass, rows_of_unit_stride
 from penstock.errors import invalid
 
 
@@ -68,7 +68,7 @@ class ExpertsWithSeams(torch.autograd.Function):
         x, scores, *tensors = ctx.saved_tensors
         weights, (h, trainable, *arrays) = Weights(*tensors[:6]), tensors[6:]
         top_k, config, context, seams = ctx.options
-        saved = Saved(x, scores, weights, Plan(*arrays, top_k), h, config)
+        saved = Saved(x, scores, weights, Plan(*arrays, top_k), h, for_this_pass(config))
         d_output = rows_of_unit_stride(d_output)
         data_wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         weights_wanted = Weights(*ctx.needs_input_grad[3:])

@@ -48,12 +48,16 @@ def workspace_bytes(
     dtype: str = "float32",
     activation: str = "swiglu",
     save: str = "preactivation",
+    order: str = "fast",
+    kept_h: str = "overwritten",
     device: str = "cpu",
 ) -> int:
     """Bytes of temporary memory of the experts' pass, exactly, on the backend in force.
 
     shape as for saved_bytes. which: "forward", "backward", or the halves of a backward pass with
-    delayed weight gradients, "backward_data" and "backward_weights".
+    delayed weight gradients, "backward_data" and "backward_weights". order as in moe_experts.
+    kept_h: "overwritten", as by autograd's backward pass, or "preserved", as where retain_graph
+    keeps the graph, in compiled code and in moe_experts_backward.
     """
     if which not in _WORKSPACE_PASSES:
         raise ValueError(
@@ -62,7 +66,7 @@ def workspace_bytes(
         )
     context = current()
     call = (context.backend, context.threads, 0, context.sm_budget, context.id_checks, "")
-    config = Config(activation=activation, save=save)
+    config = Config(activation=activation, save=save, order=order, kept_h=kept_h)
     query = getattr(library(), f"{which}_workspace_bytes")
     return query(call, config, problem_of_shape(shape, dtype, device))
 

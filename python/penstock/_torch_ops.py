@@ -211,7 +211,24 @@ def experts_backward(
     return tuple(or_absent(grad, x) for grad in (dx, dscores, *dweights))
 
 
+_SCHEMA = str(experts_backward._opoverload._schema).removeprefix("penstock::experts_backward")
+
+
+@torch.library.custom_op(
+    "penstock::experts_backward_over_h",
+    mutates_args=("h",),
+    schema=_SCHEMA.replace("Tensor? h,", "Tensor(a!)? h,"),
+)
+def experts_backward_over_h(*arguments: Any) -> tuple[Tensor, ...]:
+    """The same where kept_h is "overwritten": for the last pass over a graph.
+
+    Such a pass never creates a graph, so nobody can ask for this operator's gradient.
+    """
+    return experts_backward(*arguments)
+
+
 @experts_backward.register_fake
+@experts_backward_over_h.register_fake
 def _(d_output: Tensor, *args: Any) -> tuple[Tensor, ...]:
     x, wanted = args[0], args[16]
     return tuple(
@@ -231,19 +248,32 @@ def _experts_grad(ctx: Any, d_output: Tensor | None, dh: Tensor | None) -> tuple
     rest = (None,) * 11
     if d_output is None:
         return (*((None,) * 8), *rest)
-    if Config.unpack(ctx.config, ctx.clamp).save == "nothing":
+    config = Config.unpack(ctx.config, ctx.clamp)
+    if config.save == "nothing":
         raise RuntimeError(
             'save: got "nothing" and a backward pass, expected "preactivation" or "input". '
             "Pass one of these to keep what backward needs"
         )
     wanted = list(ctx.needs_input_grad[: 2 + _WEIGHTS])
-    grads = experts_backward(
-        d_output, *ctx.saved_tensors, wanted, ctx.top_k, ctx.config, ctx.clamp, ctx.context
+    config = for_this_pass(config)
+    backward = experts_backward if config.kept_h == "preserved" else experts_backward_over_h
+    grads = backward(
+        d_output, *ctx.saved_tensors, wanted, ctx.top_k, config.pack(), config.clamp, ctx.context
     )
     return (*(g if want else None for g, want in zip(grads, wanted, strict=True)), *rest)
 
 
 experts.register_autograd(_experts_grad, setup_context=_experts_setup)
+
+
+def for_this_pass(config: Config) -> Config:
+    """The settings of the backward pass that autograd is running.
+
+    H is overwritten only where that is allowed and the graph is let go of behind the pass.
+    """
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    last = config.save == "preactivation" and not torch.compiler.is_compiling() and not kept()
+    return config if last else config._replace(kept_h="preserved")
 
 
 def rows_of_unit_stride(rows: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ def moe_experts(
     gate_layout: str = "concatenated",
     weight_order: str = "output_major",
     save: str = "preactivation",
+    order: str = "fast",
     clamp_alpha: float = 1.702,
     clamp_limit: float = 7.0,
     plan: Plan | None = None,
@@ -151,6 +152,8 @@ def moe_experts(
     "concatenated" (gate first) or "interleaved" (gate even, up odd); not used with a pair.
     save: what is kept for backward besides x, scores, ids and plan: "preactivation" keeps H,
     "input" computes it again, "nothing" is inference (taken where no gradient is wanted).
+    order: "fast", or "low_memory" for a workspace with a quarter of the columns of Y and dX~ at a
+    time; the bits are the same.
 
     torch: differentiable once in x, scores, weights and biases (SonicMoE, arXiv 2512.14080, for
     the gradient of the scores without Y).
@@ -162,7 +165,7 @@ def moe_experts(
     """
     weights = weights_of((w1, w2), (b1, b2))
     routing = routing_of(x, topk_scores, topk_ids)
-    config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit)
+    config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit, order)
     if not is_torch(x):
         for name, value in (("trainable", trainable), ("delayed", delayed)):
             _refuse_for_numpy(name, value)
@@ -321,6 +324,8 @@ def _experts(
     if trainable is not None and trainable.dtype == torch.bool:
         trainable = trainable.view(torch.uint8)
     tensors = [tensor for tensor in (x, scores, *weights) if tensor is not None]
+    if not torch.compiler.is_compiling():
+        config = config._replace(kept_h="overwritten")  # by a pass that lets go of the graph
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         config = config._replace(save="nothing")
     elif main_grad or delayed is not None:

@@ -30,13 +30,14 @@ from penstock.tape import RoutingTape
 ACTIVATIONS = (*GATED, "silu", "gelu", "gelu_tanh", "relu", "relu_squared")
 GATE_LAYOUTS = ("concatenated", "interleaved")
 SAVE_POLICIES = ("preactivation", "input", "nothing")
+ORDERS = ("fast", "low_memory")
 
 
 class Experts(nn.Module):
     """E experts, each act(x W1^T + b1) W2^T + b2, for a routing that the caller brings.
 
-    hidden_size d, intermediate_size n, num_experts E; activation, gate_layout and save as in
-    functional.moe_experts. w1 (E, h, d) with h = 2n for a gated activation, w2 (E, d, n); with
+    hidden_size d, intermediate_size n, num_experts E; activation, gate_layout, save and order as
+    in functional.moe_experts. w1 (E, h, d) with h = 2n for a gated activation, w2 (E, d, n); with
     bias=True b1 (E, h), b2 (E, d). main_grad=True: gradients of parameters that carry an attribute
     `main_grad` are added there and autograd gets none for them (Megatron's habit). Initialised as
     torch.nn.Linear: uniform within 1 / sqrt(fan_in). ValueError for a value out of range.
@@ -52,6 +53,7 @@ class Experts(nn.Module):
         bias: bool = False,
         gate_layout: str = "concatenated",
         save: str = "preactivation",
+        order: str = "fast",
         clamp_alpha: float = 1.702,
         clamp_limit: float = 7.0,
         main_grad: bool = False,
@@ -65,12 +67,14 @@ class Experts(nn.Module):
         _check_choice("activation", activation, ACTIVATIONS)
         _check_choice("gate_layout", gate_layout, GATE_LAYOUTS)
         _check_choice("save", save, SAVE_POLICIES)
+        _check_choice("order", order, ORDERS)
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_experts = num_experts
         self.activation = activation
         self.gate_layout = gate_layout
         self.save = save
+        self.order = order
         self.clamp_alpha = clamp_alpha
         self.clamp_limit = clamp_limit
         self.main_grad = main_grad
@@ -105,7 +109,13 @@ class Experts(nn.Module):
         if dtype is not None:
             rows = _cast(rows, dtype)
         output = functional.moe_experts(
-            rows, *self.weights(dtype), scores, ids, plan=plan, **self.settings(dtype)
+            rows,
+            *self.weights(dtype),
+            scores,
+            ids,
+            plan=plan,
+            order=self.order,
+            **self.settings(dtype),
         )
         return output.reshape(x.shape)
 
@@ -216,7 +226,7 @@ class MoE(nn.Module):
     router: the name of one of penstock.routers, with its options in router_options. Under
     token_rounding the layer chooses a plain top K in evaluation, with the same scores. Under
     sigmoid_topk the layer has a bias, layer.router.score_bias, that penstock.balance keeps up.
-    activation, bias, gate_layout, save, clamp_alpha, clamp_limit, main_grad: see Experts.
+    activation, bias, gate_layout, save, order, clamp_alpha, clamp_limit, main_grad: see Experts.
     After a call, layer.stats has loads, idle_experts and the losses aux_loss (Switch Transformer,
     arXiv 2101.03961), z_loss (ST-MoE, arXiv 2202.08906) and total_loss, which weighs the two by
     aux_loss_coef and z_loss_coef. The layer adds none of them by itself.
@@ -235,6 +245,7 @@ class MoE(nn.Module):
         router: str = "softmax_topk",
         router_options: dict[str, Any] | None = None,
         save: str = "preactivation",
+        order: str = "fast",
         shared_intermediate_size: int = 0,
         aux_loss_coef: float = 0.0,
         z_loss_coef: float = 0.0,
@@ -271,6 +282,7 @@ class MoE(nn.Module):
             "bias": bias,
             "gate_layout": gate_layout,
             "save": save,
+            "order": order,
             "clamp_alpha": clamp_alpha,
             "clamp_limit": clamp_limit,
             "main_grad": main_grad,

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The backward pass, whole or in two halves. In order: (recompute H under SavePolicy::input),
-// down_backward (dH, A' and the partial sums of dS), score_gradient, dW2 and db2, up_backward
-// (dX~), dW1 and db1, combine (dX). A launch whose every result is absent is left out.
+// down_backward (dH, A' and the partial sums of dS), score_gradient, dW2 and db2; for each block of
+// columns up_backward (dX~), dW1 beside combine (dX); db1. A launch whose every result is absent is
+// left out.
+#include <algorithm>
+
 #include "backend/registry.h"
 #include "experts/launches.h"
 #include "experts/problem.h"
@@ -28,13 +31,11 @@ class BackwardCall {
   void place(const BackwardWorkspace& layout) {
     scratch_ = part_of(args_.workspace, layout.scratch);
     partials_ = address_of(args_.workspace, layout.partials);
-    dx_rows_ = args_.plan.dispatched() ? args_.dx
-                                       : row_view(address_of(args_.workspace, layout.dx_rows),
-                                                  problem_.hidden_size, problem_);
+    dx_rows_ = address_of(args_.workspace, layout.dx_rows);
     const bool delayed = args_.delayed.dh.present();
-    dh_ = delayed ? args_.delayed.dh
-                  : row_view(address_of(args_.workspace, layout.dh), problem_.preactivation_size(),
-                             problem_);
+    void* const dh =
+        overwrites_h(args_.config) ? args_.h.data : address_of(args_.workspace, layout.dh);
+    dh_ = delayed ? args_.delayed.dh : row_view(dh, problem_.preactivation_size(), problem_);
     a_scaled_ = delayed ? args_.delayed.a_scaled
                         : row_view(address_of(args_.workspace, layout.a_scaled),
                                    problem_.intermediate_size, problem_);
@@ -88,34 +89,57 @@ class BackwardCall {
                              context_);
   }
 
-  void up() { backend_.up_backward({rows_, dh_, up_, dx_rows_, scratch_}, context_); }
+  // dX~ in some columns, then dX from it and dW1 beside each other, which share nothing but what
+  // they read.
+  void up(BackwardPass pass, const HiddenColumns& columns) {
+    const bool wants_dx = pass != BackwardPass::weights && args_.dx.present();
+    const bool wants_dw1 = pass != BackwardPass::data && args_.weight_grads.into.w1.present();
+    const bool dispatched = args_.plan.dispatched();
+    const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
+    if (wants_dx)
+      backend_.up_backward({rows_, dh_, columns_of(up_, columns), dx_rows, scratch_}, context_);
+    if (wants_dx && !dispatched) {
+      const CombineArgs combine = {args_.plan, dx_rows, TensorView{},
+                                   columns_of(args_.dx, columns)};
+      if (wants_dw1)
+        return backend_.weight_gradient_beside_combine({up_weight_gradient_args(columns), combine},
+                                                       context_);
+      return backend_.combine(combine, context_);
+    }
+    if (wants_dw1) backend_.weight_gradient(up_weight_gradient_args(columns), context_);
+  }
 
-  void up_weight_gradients() {
+  void up_bias_gradient() {
     const WeightGrads& grads = args_.weight_grads;
     const UpWeights out = up_weights_of(grads.into, args_.config);
-    if (out.w[0].present())
-      backend_.weight_gradient({rows_, dh_, RowAccess::direct, args_.x, RowAccess::gathered, out.w,
-                                out.halves, grads.mode, grads.trainable, scratch_},
-                               context_);
-    if (out.b[0].present())
-      backend_.bias_gradient({rows_, dh_, RowAccess::direct, TensorView{}, out.b, out.halves,
-                              grads.mode, grads.trainable, scratch_},
-                             context_);
+    if (!out.b[0].present()) return;
+    backend_.bias_gradient({rows_, dh_, RowAccess::direct, TensorView{}, out.b, out.halves,
+                            grads.mode, grads.trainable, scratch_},
+                           context_);
   }
 
-  void combine() {
-    if (!args_.plan.dispatched())
-      backend_.combine({args_.plan, dx_rows_, TensorView{}, args_.dx}, context_);
-  }
-
-  bool wants_dx() const { return args_.dx.present(); }
   bool wants_row_gradients() const {
     const ExpertWeights& into = args_.weight_grads.into;
-    return wants_dx() || args_.dscores.present() || args_.delayed.dh.present() ||
+    return args_.dx.present() || args_.dscores.present() || args_.delayed.dh.present() ||
            into.w1.present() || into.b1.present() || into.w2.present();
   }
 
  private:
+  WeightGradientArgs up_weight_gradient_args(const HiddenColumns& columns) const {
+    const WeightGrads& grads = args_.weight_grads;
+    const UpWeights out = columns_of(up_weights_of(grads.into, args_.config), columns);
+    return {rows_,
+            dh_,
+            RowAccess::direct,
+            columns_of(args_.x, columns),
+            RowAccess::gathered,
+            out.w,
+            out.halves,
+            grads.mode,
+            grads.trainable,
+            scratch_};
+  }
+
   const ExpertsBackwardArgs& args_;
   const ExpertsProblem& problem_;
   const Backend& backend_;
@@ -126,7 +150,7 @@ class BackwardCall {
   Workspace scratch_;
   TensorView dh_;
   TensorView a_scaled_;
-  TensorView dx_rows_;
+  void* dx_rows_ = nullptr;
   void* partials_ = nullptr;
 };
 
@@ -154,9 +178,10 @@ void run(const ExpertsBackwardArgs& args, BackwardPass pass, const Context& cont
   call.place(layout);
   if (pass != BackwardPass::weights && call.wants_row_gradients()) call.down();
   if (pass != BackwardPass::data) call.down_weight_gradients();
-  if (pass != BackwardPass::weights && call.wants_dx()) call.up();
-  if (pass != BackwardPass::data) call.up_weight_gradients();
-  if (pass != BackwardPass::weights && call.wants_dx()) call.combine();
+  const int64_t width = columns_at_a_time(problem);
+  for (int64_t first = 0; first < problem.hidden_size; first += width)
+    call.up(pass, {first, std::min(width, problem.hidden_size - first)});
+  if (pass != BackwardPass::data) call.up_bias_gradient();
 }
 
 int64_t bytes_of(const ExpertsProblem& problem, BackwardPass pass, const Context& context) {

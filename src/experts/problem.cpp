@@ -147,4 +147,12 @@ std::string_view name_of(SavePolicy policy) {
   return "unknown";
 }
 
+std::string_view name_of(LaunchOrder order) {
+  return order == LaunchOrder::fast ? "fast" : "low_memory";
+}
+
+std::string_view name_of(KeptH kept) {
+  return kept == KeptH::preserved ? "preserved" : "overwritten";
+}
+
 }  // namespace penstock

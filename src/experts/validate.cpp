@@ -299,7 +299,11 @@ void check_aliases(const ExpertsBackwardArgs& args, int64_t workspace_bytes, Bac
   check.input(args.d_output, "d_output");
   add_inputs(check, args.weights, args.plan);
   check.input(args.scores, "scores");
-  check.input(args.h, "h");
+  if (!overwrites_h(args.config)) {
+    check.input(args.h, "h");
+  } else if (args.h.data != args.delayed.dh.data) {  // otherwise one tensor, checked as dH below
+    check.output(args.h, "h");
+  }
   check.input(args.weight_grads.trainable, "weight_grads.trainable");
   check.output(args.dx, "dx");
   check.output(args.dscores, "dscores");

@@ -10,6 +10,11 @@ void* advanced(const TensorView& view, int64_t elements) {
   return view.as<char>() + elements * size_of(view.dtype);
 }
 
+template <typename Grouped>
+void advance(Grouped& part, int64_t elements) {
+  if (part.present()) part.data = static_cast<char*>(part.data) + elements * size_of(part.dtype);
+}
+
 // (E, rows, cols) output_major, (E, cols, rows) input_major.
 GroupedMatrix matrix_of(const TensorView& view, WeightOrder order) {
   if (!view.present()) return {};
@@ -64,6 +69,24 @@ UpWeights up_weights_of(const ExpertWeights& weights, const ExpertsConfig& confi
 
 DownWeights down_weights_of(const ExpertWeights& weights, const ExpertsConfig& config) {
   return {matrix_of(weights.w2, config.weight_order), vector_of(weights.b2)};
+}
+
+TensorView columns_of(const TensorView& rows, const HiddenColumns& columns) {
+  TensorView some = rows;
+  some.data = advanced(rows, columns.first * rows.stride(1));
+  some.shape[1] = columns.count;
+  return some;
+}
+
+UpWeights columns_of(UpWeights weights, const HiddenColumns& columns) {
+  for (GroupedMatrix& half : weights.w) advance(half, columns.first * half.col_stride);
+  return weights;
+}
+
+DownWeights columns_of(DownWeights weights, const HiddenColumns& columns) {
+  advance(weights.w, columns.first * weights.w.row_stride);
+  advance(weights.b, columns.first * weights.b.stride);
+  return weights;
 }
 
 }  // namespace penstock

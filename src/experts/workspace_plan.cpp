@@ -37,7 +37,29 @@ int64_t rows_bytes(const ExpertsProblem& problem, int64_t width, DType dtype) {
 
 bool dispatched(const ExpertsProblem& problem) { return problem.rows == RowSource::dispatched; }
 
+// Of every operation, on all columns or on some; fewer columns may be cut differently.
+int64_t scratch_of(const ExpertsProblem& problem, const Backend& backend, const Context& context) {
+  int64_t bytes = backend.scratch_bytes(problem, context);
+  const int64_t columns = columns_at_a_time(problem);
+  for (const int64_t block : {columns, problem.hidden_size % columns}) {
+    if (block == 0) continue;
+    ExpertsProblem part = problem;
+    part.hidden_size = block;
+    bytes = std::max(bytes, backend.scratch_bytes(part, context));
+  }
+  return bytes;
+}
+
 }  // namespace
+
+int64_t columns_at_a_time(const ExpertsProblem& problem) {
+  constexpr int64_t kBlocks = 4;
+  constexpr int64_t kWhole = 256;  // columns of a tile: a narrower block would be padded to it
+  const int64_t d = problem.hidden_size;
+  if (problem.config.order == LaunchOrder::fast || dispatched(problem)) return d;
+  const int64_t quarter = (d + kBlocks - 1) / kBlocks;
+  return std::min(d, (quarter + kWhole - 1) / kWhole * kWhole);
+}
 
 int64_t place(std::vector<Lifetime> lifetimes) {
   std::stable_sort(lifetimes.begin(), lifetimes.end(), [](const Lifetime& a, const Lifetime& b) {
@@ -65,8 +87,9 @@ ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& back
                               const Context& context) {
   ForwardWorkspace plan;
   plan.a.bytes = rows_bytes(problem, problem.intermediate_size, problem.dtype);
-  if (!dispatched(problem)) plan.y.bytes = rows_bytes(problem, problem.hidden_size, problem.dtype);
-  plan.scratch.bytes = backend.scratch_bytes(problem, context);
+  if (!dispatched(problem))
+    plan.y.bytes = rows_bytes(problem, columns_at_a_time(problem), problem.dtype);
+  plan.scratch.bytes = scratch_of(problem, backend, context);
   plan.bytes = place({{&plan.a, kUpProjection, kDownProjection},
                       {&plan.y, kDownProjection, kCombine},
                       {&plan.scratch, kUpProjection, kCombine}});
@@ -76,16 +99,17 @@ ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& back
 BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass,
                                 const Backend& backend, const Context& context) {
   BackwardWorkspace plan;
-  plan.scratch.bytes = backend.scratch_bytes(problem, context);
+  plan.scratch.bytes = scratch_of(problem, backend, context);
   if (pass == BackwardPass::whole) {
-    plan.dh.bytes = rows_bytes(problem, problem.preactivation_size(), problem.dtype);
+    if (!overwrites_h(problem.config))
+      plan.dh.bytes = rows_bytes(problem, problem.preactivation_size(), problem.dtype);
     plan.a_scaled.bytes = rows_bytes(problem, problem.intermediate_size, problem.dtype);
   }
   if (pass != BackwardPass::weights) {
     plan.partials.bytes =
         rows_bytes(problem, backend.score_partials(problem), accumulator_of(problem.dtype));
     if (!dispatched(problem))
-      plan.dx_rows.bytes = rows_bytes(problem, problem.hidden_size, problem.dtype);
+      plan.dx_rows.bytes = rows_bytes(problem, columns_at_a_time(problem), problem.dtype);
   }
   plan.bytes = place({{&plan.dh, kRecompute, kUpWeightGradient},
                       {&plan.a_scaled, kDownBackward, kDownWeightGradient},

@@ -7,8 +7,10 @@
 //   launch          forward: up_projection, down_projection, combine
 //                   backward: recompute H, down_backward, score_gradient, dW2 and db2,
 //                             up_backward, dW1 and db1, combine
-//   H and dH        one buffer: down_backward writes dH over H, element by element
+//   H and dH        one buffer: down_backward writes dH over H, element by element; that of the
+//                   kept H, where the pass may overwrite it
 //   dX~             over A' and the partial sums, which are dead by then
+//   Y and dX~       whole, or one block of columns where the order is low_memory
 //   scratch         the backend's own, counted once as the largest of its operations
 #pragma once
 
@@ -25,22 +27,30 @@ struct Buffer {
 
 struct ForwardWorkspace {
   Buffer a;        // (R_cap, n)
-  Buffer y;        // (R_cap, d)  empty when dispatched: Y is written to the output
+  Buffer y;        // (R_cap, d or fewer)  empty when dispatched: Y is written to the output
   Buffer scratch;  //
   int64_t bytes = 0;
 };
 
 struct BackwardWorkspace {
-  Buffer dh;        // (R_cap, h)   empty where the caller brings it
+  Buffer dh;        // (R_cap, h)   empty where the caller brings it, or its place is H's
   Buffer a_scaled;  // (R_cap, n)   likewise
   Buffer partials;  // (R_cap, P)   accumulator type
-  Buffer dx_rows;   // (R_cap, d)   empty when dispatched: dX~ is dX
+  Buffer dx_rows;   // (R_cap, d or fewer)  empty when dispatched: dX~ is dX
   Buffer scratch;   //
   int64_t bytes = 0;
 };
 
 // The three passes that run backward launches.
 enum class BackwardPass : uint8_t { whole, data, weights };
+
+// Columns of Y and of dX~ that exist at a time.
+int64_t columns_at_a_time(const ExpertsProblem& problem);
+
+// Whether dH is written over the H that forward kept.
+inline bool overwrites_h(const ExpertsConfig& config) {
+  return config.save == SavePolicy::preactivation && config.kept_h == KeptH::overwritten;
+}
 
 ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& backend,
                               const Context& context);

@@ -92,6 +92,8 @@ constexpr std::array kGateLayouts = {GateLayout::concatenated, GateLayout::inter
 constexpr std::array kWeightOrders = {WeightOrder::output_major, WeightOrder::input_major};
 constexpr std::array kSavePolicies = {SavePolicy::preactivation, SavePolicy::input,
                                       SavePolicy::nothing};
+constexpr std::array kLaunchOrders = {LaunchOrder::fast, LaunchOrder::low_memory};
+constexpr std::array kKeptH = {KeptH::preserved, KeptH::overwritten};
 constexpr std::array kRouters = {
     RouterKind::softmax_topk, RouterKind::topk_softmax,   RouterKind::topk_softmax_normalized,
     RouterKind::sigmoid_topk, RouterKind::token_rounding, RouterKind::expert_choice,
@@ -179,6 +181,8 @@ ExpertsConfig config_of(const Config& config) {
   result.save = by_name("save", text(config.get<3>()), kSavePolicies);
   result.clamp_alpha = static_cast<float>(config.get<4>());
   result.clamp_limit = static_cast<float>(config.get<5>());
+  result.order = by_name("order", text(config.get<6>()), kLaunchOrders);
+  result.kept_h = by_name("kept_h", text(config.get<7>()), kKeptH);
   return result;
 }
 

@@ -23,8 +23,9 @@ namespace ffi = tvm::ffi;
 
 using Tensors = ffi::Array<ffi::Optional<ffi::Tensor>>;
 
-// activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit
-using Config = ffi::Tuple<ffi::String, ffi::String, ffi::String, ffi::String, double, double>;
+// activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit, order, kept_h
+using Config = ffi::Tuple<ffi::String, ffi::String, ffi::String, ffi::String, double, double,
+                          ffi::String, ffi::String>;
 
 // backend, threads, stream, sm_budget, id_checks, dtype of uint16 tensors ("" refuses them: NumPy
 // has no bf16, so its arrays come as uint16 and say so here)

@@ -126,7 +126,8 @@ def test_no_weight_is_copied_and_nothing_more_is_kept():
     x = plain.make_x(shape, dtype=torch.float32)
     scores, ids = routed(shape, torch.float32)
     with penstock.testing.watch_workspaces() as plainly:
-        functional.moe_experts(x, weights["w1"], weights["w2"], scores, ids).sum().backward()
+        output = functional.moe_experts(x, weights["w1"], weights["w2"], scores, ids)
+        output.sum().backward(retain_graph=True)  # preserves H, as adapted passes do
     with (
         penstock.testing.kept_bytes(x, *weights.values(), *adapters) as kept,
         penstock.testing.watch_workspaces() as adapted,

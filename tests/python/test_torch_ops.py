@@ -96,6 +96,12 @@ def test_opcheck_experts_backward(save):
             ops.experts_backward,
             (torch.ones_like(output), *tensors, kept, wanted, top_k, config, clamp, context),
         )
+    if save == "preactivation":
+        over = Config(kept_h="overwritten").pack()
+        torch.library.opcheck(
+            ops.experts_backward_over_h,
+            (torch.ones_like(output), *tensors, h, given, top_k, over, clamp, context),
+        )
 
 
 def layer_and_input(**keywords):

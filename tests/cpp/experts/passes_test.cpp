@@ -52,6 +52,37 @@ TEST_P(PassesTest, TwoHalvesGiveTheBitsOfTheWhole) {
   }
 }
 
+TEST_P(PassesTest, TheLowMemoryOrderGivesTheSameBits) {
+  LayerForm fast = form();
+  fast.hidden_size = 600;  // blocks of 256, 256 and 88 columns
+  fast.intermediate_size = 8;
+  std::vector<LayerForm> forms(7, fast);
+  forms[1].config.weight_order = WeightOrder::input_major;
+  forms[2].config.gate_layout = GateLayout::interleaved;
+  forms[3].up = UpForm::separate;
+  forms[4].slots = SlotForm::variable;
+  forms[5].passes = PassForm::delayed;
+  forms[6].rows = RowSource::dispatched;
+  for (LayerForm& one : forms) {
+    const ResultBytes bytes = run(one);
+    one.config.order = LaunchOrder::low_memory;
+    EXPECT_EQ(run(one), bytes) << text_of(one);
+  }
+}
+
+TEST_P(PassesTest, OverwritingHGivesTheSameBits) {
+  for (PassForm passes : {PassForm::whole, PassForm::delayed}) {
+    LayerForm preserved = form();
+    preserved.passes = passes;
+    LayerForm overwritten = preserved;
+    overwritten.config.kept_h = KeptH::overwritten;
+    EXPECT_EQ(run(overwritten), run(preserved));
+    // Where H is not kept there is none to overwrite.
+    overwritten.config.save = SavePolicy::input;
+    EXPECT_EQ(run(overwritten), run(preserved));
+  }
+}
+
 TEST_P(PassesTest, NumberOfThreadsDoesNotChangeBits) {
   const ResultBytes one = run(form(), 1);
   for (int32_t threads : {2, 3, 5}) EXPECT_EQ(run(form(), threads), one) << threads;

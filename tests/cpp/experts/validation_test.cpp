@@ -184,6 +184,9 @@ TEST(BackwardValidation, Tensors) {
                   {"dscores", "overlaps scores"});
   refuse_backward([](Backward& a) { a.dscores.dtype = DType::float64; }, {"dscores", "float64"});
   refuse_backward([](Backward& a) { a.delayed.dh = a.h; }, {"delayed.dh", "experts_backward"});
+  LayerForm overwritten = float_form();
+  overwritten.config.kept_h = KeptH::overwritten;
+  refuse_backward([](Backward& a) { a.dx.data = a.h.data; }, {"dx", "overlaps h"}, overwritten);
   refuse_backward([](Backward& a) { a.config.save = SavePolicy::nothing; }, {"save", "nothing"});
 }
 
@@ -223,6 +226,13 @@ TEST(BackwardValidation, HalvesOfThePass) {
   const auto give = [&](Backward& a) { a.delayed = {dh.view(), a_scaled.view()}; };
   refuse_backward([&](Backward& a) { give(a); }, {"weight_grads.into.w1", "backward_weights"},
                   delayed, experts_backward_data);
+  refuse_backward(
+      [&](Backward& a) {
+        give(a);
+        a.weight_grads.into = {};
+        a.delayed.dh = a.h;
+      },
+      {"delayed.dh", "overlaps h"}, delayed, experts_backward_data);
   refuse_backward([&](Backward& a) { give(a); }, {"dx", "experts_backward_data"}, delayed,
                   experts_backward_weights);
   refuse_backward(

@@ -81,6 +81,48 @@ TEST_P(WorkspaceTest, LifetimesShareMemory) {
   }
 }
 
+TEST_P(WorkspaceTest, TheLowMemoryOrderHoldsABlockOfColumns) {
+  ExpertsProblem problem;
+  problem.intermediate_size = 8;
+  problem.num_experts = 3;
+  problem.num_tokens = 21;
+  problem.num_slots = problem.row_capacity = 63;
+  problem.dtype = GetParam().dtype;
+  problem.config.order = LaunchOrder::low_memory;
+  const int64_t size = size_of(problem.dtype);
+  const std::pair<int64_t, int64_t> hidden_and_block[] = {{100, 100},  {256, 256},   {600, 256},
+                                                          {1536, 512}, {4096, 1024}, {4100, 1280}};
+  for (const auto& [hidden, block] : hidden_and_block) {
+    problem.hidden_size = hidden;
+    problem.rows = RowSource::routed;
+    const Backend& backend = select_backend(problem, context());
+    EXPECT_EQ(columns_at_a_time(problem), block);
+    EXPECT_EQ(plan_forward(problem, backend, context()).y.bytes, 63 * block * size);
+    EXPECT_EQ(plan_backward(problem, BackwardPass::whole, backend, context()).dx_rows.bytes,
+              63 * block * size);
+    problem.rows = RowSource::dispatched;
+    EXPECT_EQ(columns_at_a_time(problem), hidden);
+  }
+}
+
+TEST_P(WorkspaceTest, OverwritingHSavesItsBytes) {
+  ExpertsProblem problem;
+  problem.hidden_size = 96;
+  problem.intermediate_size = 64;
+  problem.num_experts = 3;
+  problem.num_tokens = 32;
+  problem.num_slots = problem.row_capacity = 64;
+  problem.dtype = GetParam().dtype;
+  const int64_t preserved = backward_workspace_bytes(problem, context());
+  const int64_t data = backward_data_workspace_bytes(problem, context());
+  problem.config.kept_h = KeptH::overwritten;
+  EXPECT_EQ(backward_workspace_bytes(problem, context()),
+            preserved - 64 * 128 * size_of(problem.dtype));
+  EXPECT_EQ(backward_data_workspace_bytes(problem, context()), data);
+  problem.config.save = SavePolicy::input;  // the buffer of H computed again is needed
+  EXPECT_EQ(backward_workspace_bytes(problem, context()), preserved);
+}
+
 TEST_P(WorkspaceTest, DispatchedRowsNeedNoneForOutputs) {
   LayerCall call(form_of(GetParam().dtype, SavePolicy::input, RowSource::dispatched), context());
   const ExpertsProblem problem = problem_of(call.forward_args);

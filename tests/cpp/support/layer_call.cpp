@@ -353,7 +353,8 @@ void LayerCall::backward() {
     return experts_backward(backward_args, context);
   }
   ExpertsBackwardArgs data = backward_args;
-  data.delayed = {dh_.view(), a_scaled_.view()};
+  const bool in_place = form_.config.kept_h == KeptH::overwritten && backward_args.h.present();
+  data.delayed = {in_place ? backward_args.h : dh_.view(), a_scaled_.view()};
   data.weight_grads = {};
   data.workspace = workspace(data_block_, backward_data_workspace_bytes(problem, context));
   experts_backward_data(data, context);

@@ -130,7 +130,7 @@ def test_everyone_begins_a_round_equally_often():
 GEMM = "void penstock::cuda::grouped_gemm<penstock::cuda::Gemm<Tile<bf16, 128, 256>, {}> >(Params)"
 KERNELS = [
     GEMM.format("GatheredRows, StoreEpilogue<Tile<bf16>, float, 0>"),
-    "void penstock::cuda::(anonymous namespace)::router_forward_kernel<WarpTeam>(RouterParams)",
+    "void penstock::cuda::(anonymous namespace)::warp_router_kernel<16>(RouterParams)",
     "void penstock::cuda::(anonymous namespace)::plan_count_kernel<FewExperts, int>(PlanParams)",
     GEMM.format("GatheredRows, UpEpilogue<Tile<bf16>, 1>"),
     GEMM.format("ContiguousRows, StoreEpilogue<Tile<bf16>, __nv_bfloat16, 0>"),

@@ -47,7 +47,7 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"DownBackwardEpilogue", "dH", "dH"),
     (r"StoreEpilogue", "down-projection", "dX rows"),
     (r"combine_kernel", "combine", "dX combine"),
-    (r"router_forward", "top-k", "top-k"),
+    (r"warp_router|block_router", "top-k", "top-k"),
     (r"plan_", "plan", "plan"),
     (r"score_gradient", "dS", "dS"),
     (r"router_backward|pairs_backward|sigmoid_topk_backward", "router backward", "router backward"),

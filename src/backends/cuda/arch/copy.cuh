@@ -69,6 +69,16 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Coordinates
                : "memory");
 }
 
+// `bytes` (a multiple of 16) from a 16-byte aligned address; they count towards the barrier.
+__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // 16 bytes, or 16 zero bytes when `bytes` is 0 (the source is then not read). A row is read 128
 // bytes a stage, so the other half of a 256-byte line will be wanted next.
 __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source,

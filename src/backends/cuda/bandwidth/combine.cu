@@ -3,7 +3,9 @@
 // Launches 3 and 8: O_t = sum over the slots of t, in slot order, of S_slot * Y_row, and the same
 // without scores for dX. One thread owns eight columns of one token, so the order of the sum is
 // the slot order whatever the launch looks like. Bound by memory: reads R d, writes T d elements.
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
+#include "backends/cuda/bandwidth/combine.cuh"
 #include "backends/cuda/bandwidth/elements.cuh"
 #include "backends/cuda/launch.h"
 
@@ -13,21 +15,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kInFlight = 8;  // rows loaded before the first is used
 
-struct CombineParams {
-  const void* rows;
-  int64_t row_stride;
-  const int32_t* slot_to_row;
-  const int32_t* token_offsets;  // null: top_k slots each
-  const float* scores;           // null: plain sum
-  void* output;
-  int64_t output_stride;
-  int64_t num_tokens;
-  int32_t vectors;  // of eight columns, in a row
-  int32_t top_k;
-};
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t token = index / params.vectors;
   const int64_t column = (index - token * params.vectors) * kVector;
@@ -81,6 +72,8 @@ struct ScaleParams {
 // Blocks of an expert (blockIdx.y) walk its rows; gaps between experts are not touched.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int32_t first = params.expert_offsets[blockIdx.y];
   const int64_t count = static_cast<int64_t>(params.expert_counts[blockIdx.y]) * params.vectors;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
@@ -101,24 +94,14 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleParams 
 
 void combine(const CombineArgs& args, const Context& context) {
   check_clean_device("combine");
-  CombineParams params;
-  params.rows = args.rows.data;
-  params.row_stride = args.rows.stride(0);
-  params.slot_to_row = args.plan.slot_to_row.as<int32_t>();
-  params.token_offsets = args.plan.token_offsets.as<int32_t>();
-  params.scores = args.scores.as<float>();
-  params.output = args.output.data;
-  params.output_stride = args.output.stride(0);
-  params.num_tokens = args.output.size(0);
-  params.vectors = static_cast<int32_t>(args.output.size(1) / kVector);
-  params.top_k = args.plan.top_k;
+  const CombineParams params = combine_params(args);
   if (params.num_tokens == 0) return;
   const auto blocks = static_cast<unsigned>(ceil_div(params.num_tokens * params.vectors, kThreads));
   visit_storage(args.output.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    combine_kernel<T><<<blocks, kThreads, 0, stream_of(context)>>>(params);
+    launch_dependent({"combine_kernel", dim3(blocks), kThreads}, context, combine_kernel<T>,
+                     params);
   });
-  check_launch("combine_kernel");
 }
 
 void scale_rows(const ScaleRowsArgs& args, const Context& context) {
@@ -138,9 +121,8 @@ void scale_rows(const ScaleRowsArgs& args, const Context& context) {
   const dim3 grid(kBlocksPerExpert, static_cast<unsigned>(num_experts));
   visit_storage(args.output.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    scale_rows_kernel<T><<<grid, kThreads, 0, stream_of(context)>>>(params);
+    launch_dependent({"scale_rows_kernel", grid, kThreads}, context, scale_rows_kernel<T>, params);
   });
-  check_launch("scale_rows_kernel");
 }
 
 }  // namespace penstock::cuda

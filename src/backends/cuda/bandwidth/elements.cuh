@@ -4,11 +4,9 @@
 // to nearest even. Used by every bandwidth kernel.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "backends/cuda/pair.cuh"
 #include "penstock/dtype.h"
 
 namespace penstock::cuda {
@@ -20,29 +18,12 @@ struct Float8 {
 };
 
 template <typename T>
-struct Pair;  // two elements as the hardware packs them
-
-template <>
-struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-  static __device__ float2 widen(type pair) { return __bfloat1622float2(pair); }
-  static __device__ type narrow(float2 pair) { return __float22bfloat162_rn(pair); }
-};
-
-template <>
-struct Pair<__half> {
-  using type = __half2;
-  static __device__ float2 widen(type pair) { return __half22float2(pair); }
-  static __device__ type narrow(float2 pair) { return __float22half2_rn(pair); }
-};
-
-template <typename T>
 __device__ Float8 widen(const uint4& packed) {
   Float8 result;
-  const auto* pairs = reinterpret_cast<const typename Pair<T>::type*>(&packed);
+  const auto* pairs = reinterpret_cast<const typename Pair<T>::Type*>(&packed);
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
-    const float2 pair = Pair<T>::widen(pairs[i]);
+    const float2 pair = Pair<T>::unpack(pairs[i]);
     result.v[2 * i] = pair.x;
     result.v[2 * i + 1] = pair.y;
   }
@@ -52,10 +33,10 @@ __device__ Float8 widen(const uint4& packed) {
 template <typename T>
 __device__ uint4 narrow(const Float8& values) {
   uint4 packed;
-  auto* pairs = reinterpret_cast<typename Pair<T>::type*>(&packed);
+  auto* pairs = reinterpret_cast<typename Pair<T>::Type*>(&packed);
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
-    pairs[i] = Pair<T>::narrow(make_float2(values.v[2 * i], values.v[2 * i + 1]));
+    pairs[i] = Pair<T>::pack(values.v[2 * i], values.v[2 * i + 1]);
   }
   return packed;
 }

@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The last launch of the routers without a fixed K: from masks to offsets, ids and scores. A block
-// takes one chunk of tokens; where its slots begin follows from the counts of the chunks before.
+// The last launch of the routers without a fixed K: from who was kept to offsets, ids and scores. A
+// block takes one chunk of tokens; where its slots begin follows from the counts of the chunks
+// before. A warp writes a token: its top K that stayed, in their order, then the others by rising
+// id.
 #include "backends/cuda/bandwidth/pair_routers.cuh"
+#include "backends/cuda/bandwidth/pair_routers.h"
 #include "backends/cuda/bandwidth/team.cuh"
 
 namespace penstock::cuda {
 namespace {
 
-constexpr int kThreads = kChunkTokens;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+constexpr int kMaskWords = kMaxPairExperts / 32;
+constexpr int kMaskStride = kMaskWords + 1;  // so that a warp's writes meet different banks
 
 struct EmitShared {
+  uint32_t masks[kChunkTokens][kMaskStride];  // a token's experts
+  int32_t begins[kChunkTokens + 1];           // a token's first slot
   int32_t sums[kWarps];
 };
 
@@ -26,68 +33,92 @@ __device__ int32_t block_sum(int32_t value, EmitShared& shared) {
   return total;
 }
 
-// The sum over the threads before this one.
-__device__ int32_t block_exclusive_sum(int32_t value, EmitShared& shared) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  int32_t inclusive = value;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int32_t below = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += below;
-  }
-  if (lane == 31) shared.sums[warp] = inclusive;
-  __syncthreads();
-  int32_t before = inclusive - value;
-  for (int w = 0; w < warp; ++w) before += shared.sums[w];
-  __syncthreads();
-  return before;
-}
-
 __device__ int32_t sum_of_chunks(const PairParams& params, int32_t end, EmitShared& shared) {
   int32_t sum = 0;
   for (int32_t chunk = threadIdx.x; chunk < end; chunk += kThreads) sum += params.chunks[chunk];
   return block_sum(sum, shared);
 }
 
-// Writes the pairs of one token to the slots [next, end).
-struct TokenWriter {
-  const PairParams& params;
-  int64_t token;
-  int32_t next;
-  int32_t end;
-
-  __device__ void write(int32_t expert) {
-    if (next >= end) return;
-    const float logit = params.logits[token * params.logits_stride + expert];
-    float score = 0.0f;
-    if (params.score == PairScore::sigmoid) {
-      score = 1.0f / (1.0f + expf(-logit));
-    } else {
-      const TokenNorm norm = params.norms[token];
-      score = expf(logit - norm.shift) / norm.divisor;
+// The chunk's masks, which a threshold has as they are. Where experts say which tokens they keep, a
+// warp turns squares of 32 experts by 32 tokens around. Tokens past the last get empty masks.
+__device__ void load_masks(const PairParams& params, int64_t first, EmitShared& shared) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if (params.kind == RouterKind::threshold) {
+    for (int i = threadIdx.x; i < kChunkTokens * params.mask_words; i += kThreads) {
+      const int64_t token = first + i / params.mask_words;
+      const bool there = token < params.num_tokens;
+      shared.masks[i / params.mask_words][i % params.mask_words] =
+          there ? params.masks[first * params.mask_words + i] : 0u;
     }
-    params.ids[next] = expert;
-    params.scores[next] = score;
-    ++next;
+    return;
   }
-};
-
-// Its top K that stayed, in their order, then the others by rising id.
-__device__ void write_token(TokenWriter writer) {
-  const PairParams& params = writer.params;
-  const uint32_t* mask = params.masks + writer.token * params.mask_words;
-  const int32_t* top = params.top + writer.token * params.top_k;
-  for (int32_t k = 0; k < params.top_k; ++k) {
-    if ((mask[top[k] / 32] >> (top[k] % 32) & 1u) != 0) writer.write(top[k]);
-  }
-  for (int32_t word = 0; word < params.mask_words; ++word) {
-    uint32_t left = mask[word];
-    for (int32_t k = 0; k < params.top_k; ++k) {
-      if (top[k] / 32 == word) left &= ~(1u << (top[k] % 32));
+  constexpr int kTokenWords = kChunkTokens / 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int square = warp; square < kTokenWords * params.mask_words; square += kWarps) {
+    const int word = square / kTokenWords;
+    const int expert = word * 32 + lane;
+    const int64_t column = first / 32 + square % kTokenWords;
+    uint32_t tokens = 0;  // of this lane's expert
+    if (expert < params.num_experts && column < params.token_words)
+      tokens = params.kept[static_cast<int64_t>(expert) * params.token_words + column];
+    uint32_t mine = 0;  // the experts of this lane's token
+    for (int token = 0; token < 32; ++token) {
+      const uint32_t experts = __ballot_sync(kFullMask, (tokens >> token & 1u) != 0);
+      if (lane == token) mine = experts;
     }
-    for (; left != 0; left &= left - 1) writer.write(word * 32 + __ffs(static_cast<int>(left)) - 1);
+    shared.masks[square % kTokenWords * 32 + lane][word] = mine;
   }
+}
+
+// Where the slots of each of the chunk's tokens begin; the first thread of a token says it.
+__device__ void place_tokens(const PairParams& params, int32_t before, EmitShared& shared) {
+  static_assert(kChunkTokens == 64, "two warps scan a chunk");
+  const int thread = static_cast<int>(threadIdx.x);
+  int32_t count = 0;
+  if (thread < kChunkTokens) {
+    for (int word = 0; word < params.mask_words; ++word)
+      count += __popc(shared.masks[thread][word]);
+  }
+  const int32_t end = warp_inclusive_sum(count);
+  if (thread % 32 == 31) shared.sums[thread / 32] = end;
+  __syncthreads();
+  if (thread < kChunkTokens) {
+    const int32_t base = thread < 32 ? before : before + shared.sums[0];
+    shared.begins[thread] = base + end - count;
+    if (thread == kChunkTokens - 1) shared.begins[kChunkTokens] = base + end;
+  }
+  __syncthreads();
+}
+
+// One token by one warp. Slots at or past the last are dropped.
+__device__ void write_token(const PairParams& params, int64_t token, uint32_t* mask, int32_t next) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const auto slots = static_cast<int32_t>(params.num_slots);
+  const float* row = params.logits + token * params.logits_stride;
+  const bool normed = params.score != PairScore::sigmoid;
+  const TokenNorm norm = normed ? params.norms[token] : TokenNorm{};
+  const auto write = [&](int32_t slot, int32_t expert) {
+    if (slot >= slots) return;
+    params.ids[slot] = expert;
+    params.scores[slot] = score_of(params.score, norm, row[expert]);
+  };
+  for (int32_t first = 0; first < params.top_k; first += 32) {
+    const bool there = first + lane < params.top_k;
+    const int32_t expert = there ? params.top[token * params.top_k + first + lane] : 0;
+    const uint32_t bit = 1u << (expert % 32);
+    const bool stays = there && (mask[expert / 32] & bit) != 0;
+    const unsigned staying = __ballot_sync(kFullMask, stays);
+    if (stays) {
+      write(next + __popc(staying & ((1u << lane) - 1u)), expert);
+      atomicAnd(&mask[expert / 32], ~bit);
+    }
+    next += __popc(staying);
+  }
+  __syncwarp();  // the mask has only the others left
+  uint32_t left = lane < params.mask_words ? mask[lane] : 0u;
+  const int32_t count = __popc(left);
+  int32_t slot = next + warp_inclusive_sum(count) - count;
+  for (; left != 0; left &= left - 1) write(slot++, lane * 32 + __ffs(static_cast<int>(left)) - 1);
 }
 
 __device__ void write_report(const PairParams& params, int32_t pairs) {
@@ -101,33 +132,34 @@ __device__ void write_report(const PairParams& params, int32_t pairs) {
 
 __global__ void __launch_bounds__(kThreads) emit_pairs_kernel(const PairParams params) {
   __shared__ EmitShared shared;
+  const int thread = static_cast<int>(threadIdx.x);
   const auto slots = static_cast<int32_t>(params.num_slots);
-  const int32_t first = sum_of_chunks(params, static_cast<int32_t>(blockIdx.x), shared);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunkTokens;
+  load_masks(params, first, shared);
+  const int32_t before = sum_of_chunks(params, static_cast<int32_t>(blockIdx.x), shared);
   const int32_t pairs = sum_of_chunks(params, params.num_chunks, shared);
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const bool there = token < params.num_tokens;
-  int32_t count = 0;
-  if (there) {
-    const uint32_t* mask = params.masks + token * params.mask_words;
-    for (int32_t word = 0; word < params.mask_words; ++word) count += __popc(mask[word]);
+  place_tokens(params, before, shared);
+
+  if (thread < kChunkTokens) {
+    const bool there = first + thread < params.num_tokens;
+    const int32_t end = min(shared.begins[thread + 1], slots);
+    if (there) params.token_offsets[first + thread + 1] = end;
+    const bool empty = there && end == min(shared.begins[thread], slots);
+    const auto without = __popc(__ballot_sync(kFullMask, empty));
+    if (thread % 32 == 0 && without != 0)
+      atomicAdd(&params.report[static_cast<int>(RouterReport::tokens_without_expert)], without);
   }
-  const int32_t begin = first + block_exclusive_sum(count, shared);
-  const int32_t slot = min(begin, slots);
-  const int32_t end = min(begin + count, slots);
-  if (there) {
-    params.token_offsets[token + 1] = end;
-    write_token({params, token, slot, end});
-  }
-  const auto without = __popc(__ballot_sync(kFullMask, there && end == slot));
-  if (threadIdx.x % 32 == 0 && without != 0) {
-    atomicAdd(&params.report[static_cast<int>(RouterReport::tokens_without_expert)], without);
-  }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
+  if (blockIdx.x == 0 && thread == 0) {
     params.token_offsets[0] = 0;
     write_report(params, pairs);
   }
+  for (int i = thread / 32; i < kChunkTokens; i += kWarps) {
+    if (first + i >= params.num_tokens) break;
+    write_token(params, first + i, shared.masks[i], shared.begins[i]);
+  }
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t pad = min(pairs, slots) + token; pad < params.num_slots; pad += step) {
+  const int64_t start = min(pairs, slots) + static_cast<int64_t>(blockIdx.x) * kThreads + thread;
+  for (int64_t pad = start; pad < params.num_slots; pad += step) {
     params.ids[pad] = -1;
     params.scores[pad] = 0.0f;
   }

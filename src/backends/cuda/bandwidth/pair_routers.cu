@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // token_rounding, expert_choice and threshold: scratch, order of launches, and the backward kernel.
-#include "backends/cuda/bandwidth/logit_keys.cuh"
 #include "backends/cuda/bandwidth/pair_routers.cuh"
 #include "backends/cuda/bandwidth/pair_routers.h"
+#include "backends/cuda/bandwidth/warp_top_k.cuh"
 
 namespace penstock::cuda {
 namespace {
@@ -12,7 +12,7 @@ constexpr int64_t kAlignment = 64;
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
-// Byte offsets of the scratch; everything before `norms` starts at zero.
+// Byte offsets of the scratch, of which nothing is expected.
 struct Layout {
   explicit Layout(const RouteProblem& problem) {
     constexpr int64_t kWord = sizeof(int32_t);
@@ -21,17 +21,19 @@ struct Layout {
     const int64_t top_k = problem.kind == RouterKind::token_rounding ? problem.top_k : 0;
     num_chunks = ceil_div(tokens, kChunkTokens);
     mask_words = ceil_div(problem.num_experts, 32);
+    token_words = ceil_div(tokens, 32);
+    const int64_t bits = by_threshold ? tokens * mask_words : problem.num_experts * token_words;
     report = 0;
     counts = report + aligned(kRouterReportSize * kWord);
     chunks = counts + aligned(problem.num_experts * kWord);
     masks = chunks + aligned(num_chunks * kWord);
-    norms = masks + aligned(tokens * mask_words * kWord);
+    norms = masks + aligned(bits * kWord);
     top = norms + (by_threshold ? 0 : aligned(tokens * int64_t{sizeof(TokenNorm)}));
     keys = top + aligned(tokens * top_k * kWord);
     bytes = keys + (by_threshold ? 0 : aligned(tokens * problem.num_experts * kWord));
   }
 
-  int64_t num_chunks, mask_words;
+  int64_t num_chunks, mask_words, token_words;
   int64_t report, counts, chunks, masks, norms, top, keys, bytes;
 };
 
@@ -54,37 +56,32 @@ struct PairBackwardParams {
 template <int kPerLane>
 __device__ void write_shares(const PairBackwardParams& params, const float* row, float* out,
                              float dot) {
+  __shared__ uint64_t candidates[WarpTeam::kTeamsPerBlock][kCandidates];
   const WarpTeam team;
-  uint32_t order[kPerLane];
-  uint32_t largest = kTakenKey;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = team.rank() + i * WarpTeam::kSize;
-    order[i] = expert < params.num_experts ? key_of(row[expert]) : kTakenKey;
-    largest = max(largest, order[i]);
-  }
-  const float shift = logit_of(team.max(largest));
-  uint32_t within = 0xffffffffu;  // bit i: expert rank + 32 i is in the softmax
+  const LaneValues<kPerLane> logits = load_values<kPerLane>(row, params.num_experts);
+  const float shift = logit_of(team.max(lane_largest(logits)));
+  uint32_t within = logits.present;  // bit i: expert rank + 32 i is in the softmax
   if (params.score == PairScore::softmax_of_top) {
+    const uint64_t last = choose_top_k(
+        logits, params.top_k, candidates[threadIdx.x / WarpTeam::kSize], [](int, const Choice&) {});
     within = 0;
-    for (int k = 0; k < params.top_k; ++k) {
-      const Choice choice = take_largest(team, order);
-      if (choice.expert % WarpTeam::kSize == team.rank())
-        within |= 1u << (choice.expert / WarpTeam::kSize);
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int expert = team.rank() + i * WarpTeam::kSize;
+      if (packed(key_of(logits.value[i]), expert) >= last) within |= 1u << i;
     }
   }
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const int expert = team.rank() + i * WarpTeam::kSize;
-    if (expert < params.num_experts && (within >> i & 1u) != 0) sum += expf(row[expert] - shift);
+    if ((within >> i & 1u) != 0) sum += expf(logits.value[i] - shift);
   }
   const float scale = dot / team.sum(sum);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const int expert = team.rank() + i * WarpTeam::kSize;
-    if (expert >= params.num_experts) continue;
-    out[expert] = (within >> i & 1u) != 0 ? -expf(row[expert] - shift) * scale : 0.0f;
+    if (!logits.has(i)) continue;
+    const float share = (within >> i & 1u) != 0 ? -expf(logits.value[i] - shift) * scale : 0.0f;
+    out[team.rank() + i * WarpTeam::kSize] = share;
   }
 }
 
@@ -116,47 +113,56 @@ __global__ void __launch_bounds__(256, 1) pairs_backward_kernel(const PairBackwa
   }
 }
 
-// The parameters of a call, with what starts at zero set to zero on its stream.
-PairParams pair_params(const RouterForwardArgs& args, cudaStream_t stream) {
-  RouteProblem problem;
-  problem.kind = args.kind;
-  problem.num_tokens = args.logits.size(0);
-  problem.num_experts = args.logits.size(1);
-  problem.top_k = args.top_k;
-  const Layout layout(problem);
-  auto* base = static_cast<char*>(args.workspace.data);
+PairParams pair_params(const RouterForwardArgs& args) {
   PairParams params = {};
   params.kind = args.kind;
   params.options = args.options;
   params.score = pair_score(args.kind, args.options);
   params.logits = args.logits.as<const float>();
   params.logits_stride = args.logits.stride(0);
-  params.num_tokens = problem.num_tokens;
+  params.num_tokens = args.logits.size(0);
   params.num_slots = args.ids.numel();
-  params.num_experts = static_cast<int32_t>(problem.num_experts);
+  params.num_experts = static_cast<int32_t>(args.logits.size(1));
   params.top_k = args.kind == RouterKind::token_rounding ? args.top_k : 0;
   params.expert_tokens = static_cast<int32_t>(params.num_slots / params.num_experts);
-  params.num_chunks = static_cast<int32_t>(layout.num_chunks);
-  params.mask_words = static_cast<int32_t>(layout.mask_words);
   params.seed = args.seed.present() ? args.seed.as<const int64_t>() : nullptr;
   params.scores = args.scores.as<float>();
   params.ids = args.ids.as<int32_t>();
   params.token_offsets = args.token_offsets.as<int32_t>();
-  params.report = reinterpret_cast<int32_t*>(base + layout.report);
-  params.counts = reinterpret_cast<int32_t*>(base + layout.counts);
+  return params;
+}
+
+// Lays out the scratch; what the first launch cannot start is set to 0 on the stream.
+void place_scratch(const RouterForwardArgs& args, PairParams& params, cudaStream_t stream) {
+  RouteProblem problem;
+  problem.kind = args.kind;
+  problem.num_tokens = params.num_tokens;
+  problem.num_experts = params.num_experts;
+  problem.top_k = args.top_k;
+  const Layout layout(problem);
+  auto* base = static_cast<char*>(args.workspace.data);
+  params.num_chunks = static_cast<int32_t>(layout.num_chunks);
+  params.mask_words = static_cast<int32_t>(layout.mask_words);
+  params.token_words = static_cast<int32_t>(layout.token_words);
+  params.report = args.report.present() ? args.report.as<int32_t>()
+                                        : reinterpret_cast<int32_t*>(base + layout.report);
   params.chunks = reinterpret_cast<int32_t*>(base + layout.chunks);
   params.masks = reinterpret_cast<uint32_t*>(base + layout.masks);
+  params.kept = params.masks;
   params.norms = reinterpret_cast<TokenNorm*>(base + layout.norms);
   params.top = reinterpret_cast<int32_t*>(base + layout.top);
   params.keys = reinterpret_cast<uint32_t*>(base + layout.keys);
-  check("cudaMemsetAsync(router scratch)",
-        cudaMemsetAsync(base, 0, static_cast<size_t>(layout.norms), stream));
-  if (args.report.present()) {
-    params.report = args.report.as<int32_t>();
-    check("cudaMemsetAsync(report)",
-          cudaMemsetAsync(params.report, 0, kRouterReportSize * sizeof(int32_t), stream));
+  const bool carries = args.kind == RouterKind::token_rounding &&
+                       args.options.rounding == RoundingMode::balanced_count;
+  if (carries) {
+    params.counts = reinterpret_cast<int32_t*>(base + layout.counts);
+    const size_t bytes = static_cast<size_t>(params.num_experts) * sizeof(int32_t);
+    check("cudaMemsetAsync(counts)", cudaMemsetAsync(params.counts, 0, bytes, stream));
   }
-  return params;
+  if (params.num_tokens == 0) {  // no launch of the first kernel, which would start the report
+    const size_t bytes = kRouterReportSize * sizeof(int32_t);
+    check("cudaMemsetAsync(report)", cudaMemsetAsync(params.report, 0, bytes, stream));
+  }
 }
 
 }  // namespace
@@ -168,8 +174,11 @@ int64_t pair_scratch_bytes(const RouteProblem& problem) {
 void pair_router_forward(const RouterForwardArgs& args, const Context& context) {
   check_clean_device("router_forward");
   const cudaStream_t stream = stream_of(context);
-  const PairParams params = pair_params(args, stream);
+  PairParams params = pair_params(args);
+  if (args.selection == Selection::given) return launch_score_given(params, stream);
+  place_scratch(args, params, stream);
   if (args.kind == RouterKind::threshold) {
+    params.least_logit = least_passing_logit(args.options.threshold);
     launch_mark_by_threshold(params, stream);
   } else {
     launch_mark_by_softmax(params, stream);

@@ -5,8 +5,8 @@
 // best tokens; not for a threshold), emit (offsets, ids, scores, report). Everything is counted in
 // integers, so no order of blocks shows in the result.
 //
-// Scratch, in this order: what starts at zero (report, counts, chunks, masks), then norms, top,
-// keys. A key orders the tokens of one expert: the bit of a chosen pair, then p, with NaN last.
+// A key orders the tokens of one expert: the bit of a chosen pair, then p, with NaN last. p is that
+// of backend/ranking.h, so the order is the CPU's also where two tokens all but tie.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@
 
 namespace penstock::cuda {
 
-inline constexpr int kChunkTokens = 256;  // tokens of one block of the emit kernel
+inline constexpr int kChunkTokens = 64;  // tokens of one block of the emit kernel
 inline constexpr uint32_t kChosenBit = 0x80000000u;
 
 // How a pair's score follows from its logit.
@@ -40,6 +40,11 @@ struct TokenNorm {
   float divisor;
 };
 
+__device__ inline float score_of(PairScore score, const TokenNorm& norm, float logit) {
+  if (score == PairScore::sigmoid) return 1.0f / (1.0f + expf(-logit));
+  return expf(logit - norm.shift) / norm.divisor;
+}
+
 struct PairParams {
   RouterKind kind;
   RouterOptions options;
@@ -51,8 +56,10 @@ struct PairParams {
   int32_t num_experts;
   int32_t top_k;          // 0: no pair is chosen by its token
   int32_t expert_tokens;  // C of expert_choice
+  float least_logit;      // of threshold
   int32_t num_chunks;
-  int32_t mask_words;  // of one token
+  int32_t mask_words;   // of one token
+  int32_t token_words;  // of one expert
   const int64_t* seed;
 
   float* scores;           // (slots)
@@ -60,17 +67,24 @@ struct PairParams {
   int32_t* token_offsets;  // (T+1)
 
   int32_t* report;   // (kRouterReportSize)
-  int32_t* counts;   // (E)       tokens that chose the expert
+  int32_t* counts;   // (E)       tokens that chose the expert; null: no launch asks another's
   int32_t* chunks;   // (chunks)  pairs of each chunk of tokens
-  uint32_t* masks;   // (T, mask_words)  a token's experts
+  uint32_t* masks;   // threshold: (T, mask_words) a token's experts
+  uint32_t* kept;    // otherwise: (E, token_words) an expert's tokens
   TokenNorm* norms;  // (T)
   int32_t* top;      // (T, K)
   uint32_t* keys;    // (E, T)
 };
 
+// The least fp32 logit whose sigmoid reaches the threshold, by the CPU's formula in double, so that
+// both sides decide alike; NaN where none does.
+float least_passing_logit(double threshold);
+
 void launch_mark_by_softmax(const PairParams& params, cudaStream_t stream);
 void launch_mark_by_threshold(const PairParams& params, cudaStream_t stream);
 void launch_select_tokens(const PairParams& params, cudaStream_t stream);
 void launch_emit_pairs(const PairParams& params, cudaStream_t stream);
+// Scores of the pairs in ids and token_offsets, by the sums of the kernels above.
+void launch_score_given(const PairParams& params, cudaStream_t stream);
 
 }  // namespace penstock::cuda

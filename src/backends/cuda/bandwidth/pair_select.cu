@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The second launch of token rounding and expert choice: one block an expert keeps the best of its
-// tokens. Chosen pairs have the top bit of their key, so "the target's best keys" is all that
-// rounding asks: surplus tokens fall out from below, missing ones come from the best others. Four
-// counts of eight bits find the key where the target is reached; nothing is sorted.
+// tokens. Chosen pairs have the top bit of their key, so "the target's best keys" is all that is
+// asked: surplus tokens fall out from below, missing ones come from the best others.
+//
+// Rounding moves less than a tile of tokens, so it looks for those: a bound that enough threads'
+// own best reach leaves few candidates, whose order is counted (pair_moves.cuh). Where more tokens
+// move, four counts of eight bits find the key at the target. Nothing is sorted.
 #include "backend/count_rounding.h"
+#include "backend/ranking.h"
+#include "backends/cuda/bandwidth/pair_moves.cuh"
 #include "backends/cuda/bandwidth/pair_routers.cuh"
-#include "backends/cuda/bandwidth/team.cuh"
 
 namespace penstock::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kMoveThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
@@ -29,6 +33,7 @@ struct SelectShared {
   int32_t target;
   double partial[kWarps];
   int32_t warp_ties[kWarps];
+  Moves moves;
 };
 
 __device__ bool in_first_warp() { return threadIdx.x < 32; }
@@ -39,12 +44,7 @@ __device__ void choose_digit(SelectShared& shared, int shift) {
   const int lane = static_cast<int>(threadIdx.x);
   int32_t sum = 0;
   for (int i = 0; i < kPerLane; ++i) sum += shared.digits[kDigits - 1 - lane * kPerLane - i];
-  int32_t inclusive = sum;
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int32_t below = __shfl_up_sync(kFullMask, inclusive, offset);
-    if (lane >= offset) inclusive += below;
-  }
+  const int32_t inclusive = warp_inclusive_sum(sum);
   int32_t before = inclusive - sum;
   const int32_t left = shared.left;
   __syncwarp();  // every lane has read `left` before one writes it
@@ -118,9 +118,9 @@ __device__ bool chosen_weigh_more(const PairParams& params, const uint32_t* colu
     const uint32_t key = column[token];
     if ((key & kChosenBit) != 0) {
       if (below > 0 && key == last_whole.key) equal += 1.0;
-      if (key < last_whole.key) leaving += static_cast<double>(probability_of(key));
+      if (key < last_whole.key) leaving += ranking::weight(probability_of(key));
     } else if (key > next_whole.key) {
-      joining += static_cast<double>(probability_of(key));
+      joining += ranking::weight(probability_of(key));
     }
   }
   leaving = block_sum(leaving, shared);
@@ -129,25 +129,23 @@ __device__ bool chosen_weigh_more(const PairParams& params, const uint32_t* colu
   // Of tokens at a cut some are on either side; which does not matter to the sums.
   const double surplus = equal - static_cast<double>(last_whole.ties);
   if (below > 0 && surplus > 0.0)
-    leaving += surplus * static_cast<double>(probability_of(last_whole.key));
-  joining +=
-      static_cast<double>(next_whole.ties) * static_cast<double>(probability_of(next_whole.key));
+    leaving += surplus * ranking::weight(probability_of(last_whole.key));
+  joining += static_cast<double>(next_whole.ties) * ranking::weight(probability_of(next_whole.key));
   return leaving > joining;
 }
 
-// How many tokens the expert gets; counts of all experts are there.
-__device__ int32_t target_of(const PairParams& params, const uint32_t* column,
+// How many of `count` chosen tokens, or of any, the expert gets.
+__device__ int32_t target_of(const PairParams& params, const uint32_t* column, int32_t count,
                              SelectShared& shared) {
   const auto expert = static_cast<int32_t>(blockIdx.x);
   if (params.kind == RouterKind::expert_choice) return params.expert_tokens;
-  const int32_t count = params.counts[expert];
   if (params.num_tokens < params.options.tile) return count;
   if (threadIdx.x == 0) {
     const uint64_t seed = params.seed == nullptr ? 0 : static_cast<uint64_t>(*params.seed);
     CountRounding rounding(params.options, params.num_tokens, seed);
-    // Only one mode carries anything from expert to expert.
-    const bool carries = params.options.rounding == RoundingMode::balanced_count;
-    for (int32_t e = carries ? 0 : expert; e < expert; ++e) rounding.target(e, params.counts[e]);
+    // Only one mode carries anything from expert to expert, and only it has all counts.
+    const int32_t first = params.counts == nullptr ? expert : 0;
+    for (int32_t e = first; e < expert; ++e) rounding.target(e, params.counts[e]);
     shared.target = rounding.target(expert, count);
   }
   __syncthreads();
@@ -159,10 +157,19 @@ __device__ int32_t target_of(const PairParams& params, const uint32_t* column,
   return chosen_weigh_more(params, column, below, shared) ? below + tile : below;
 }
 
-// Sets the expert's bit in the masks of its tokens, the lower ones of those at the cut.
-__device__ void keep(const PairParams& params, const uint32_t* column, const Cut& cut,
-                     SelectShared& shared) {
-  const auto expert = static_cast<int32_t>(blockIdx.x);
+// A warp's 32 tokens of the expert: those kept, and what that changes in the pairs of their chunk.
+__device__ void write_kept(const PairParams& params, int64_t token, bool chosen, bool kept) {
+  const unsigned kept_lanes = __ballot_sync(kFullMask, kept);
+  const unsigned chosen_lanes = __ballot_sync(kFullMask, chosen);
+  if (threadIdx.x % 32 != 0 || token >= params.num_tokens) return;
+  params.kept[static_cast<int64_t>(blockIdx.x) * params.token_words + token / 32] = kept_lanes;
+  const int32_t change = __popc(kept_lanes) - __popc(chosen_lanes);
+  if (change != 0) atomicAdd(&params.chunks[token / kChunkTokens], change);
+}
+
+// Keeps the cut's best tokens, the lower ones of those at the cut.
+__device__ void keep_best(const PairParams& params, const uint32_t* column, const Cut& cut,
+                          SelectShared& shared) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   int32_t ties_before = 0;
@@ -181,27 +188,43 @@ __device__ void keep(const PairParams& params, const uint32_t* column, const Cut
     }
     __syncthreads();
     const bool kept = there && (key > cut.key || (tie && rank < cut.ties));
-    const unsigned kept_lanes = __ballot_sync(kFullMask, kept);
-    if (kept) {
-      atomicOr(&params.masks[token * params.mask_words + expert / 32], 1u << (expert % 32));
-    }
-    // A warp's tokens lie in one chunk.
-    if (lane == 0 && kept_lanes != 0)
-      atomicAdd(&params.chunks[token / kChunkTokens], __popc(kept_lanes));
+    write_kept(params, token, there && (key & kChosenBit) != 0, kept);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) select_tokens_kernel(const PairParams params) {
+// Keeps the chosen tokens but for those that change sides, which are `side`'s up to `last`.
+__device__ void keep_moved(const PairParams& params, const uint32_t* column, const Side& side,
+                           uint64_t last) {
+  for (int64_t base = 0; base < params.num_tokens; base += kThreads) {
+    const int64_t token = base + threadIdx.x;
+    const bool there = token < params.num_tokens;
+    const uint32_t key = there ? column[token] : 0u;
+    const bool chosen = there && (key & kChosenBit) != 0;
+    const bool moves = there && side.order(key, token) >= last;
+    write_kept(params, token, chosen, chosen != moves);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2) select_tokens_kernel(const PairParams params) {
   __shared__ SelectShared shared;
   const uint32_t* column = params.keys + static_cast<int64_t>(blockIdx.x) * params.num_tokens;
-  const int32_t target = target_of(params, column, shared);
-  if (threadIdx.x == 0 && params.kind == RouterKind::token_rounding) {
-    const int32_t change = target - params.counts[blockIdx.x];
+  const ColumnSummary summary = summarise(column, params.num_tokens, shared.moves);
+  const int32_t target = target_of(params, column, summary.chosen, shared);
+  const int32_t change = target - summary.chosen;
+  if (threadIdx.x == 0 && params.kind == RouterKind::token_rounding && change != 0) {
     const auto entry = change < 0 ? RouterReport::dropped : RouterReport::added;
-    if (change != 0) atomicAdd(&params.report[static_cast<int>(entry)], abs(change));
+    atomicAdd(&params.report[static_cast<int>(entry)], abs(change));
   }
-  if (target == 0) return;
-  keep(params, column, find_cut(params, column, target, shared), shared);
+  const Side side(change);
+  uint64_t last = kNobodyMoves;
+  if (change != 0) {
+    const uint32_t best = change > 0 ? summary.best_other : summary.best_leaving;
+    last = last_to_move({column, params.num_tokens}, side, best, abs(change), shared.moves);
+  }
+  if (last != kTooManyMove) return keep_moved(params, column, side, last);
+  const Cut nothing;
+  keep_best(params, column, target > 0 ? find_cut(params, column, target, shared) : nothing,
+            shared);
 }
 
 }  // namespace

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The routing plan in three launches, without a sort of all keys: per-chunk histograms, a scan
-// over chunks, a ranked scatter. Stable: a row's place comes from counts of earlier slots only,
-// never from the return value of an atomic, so the plan is the CPU's bit for bit.
+// The routing plan in two launches, without a sort of all keys: a histogram per chunk of slots,
+// then a ranked scatter whose blocks add up the histograms themselves. Stable: a row's place comes
+// from counts of earlier slots only, never from the return value of an atomic, so the plan is the
+// CPU's bit for bit. Nothing is expected of the scratch, and no block waits for another.
 //
-//   counters (E, chunks)  slots of each expert in each chunk; after the scan, in earlier chunks
-//   totals   (E)          slots of each expert
+//   counters (chunks, columns)  slots of each expert in each chunk; columns: E in whole vectors
 #include <algorithm>
 #include <string>
 
@@ -16,25 +16,43 @@
 namespace penstock::cuda {
 namespace {
 
-// A chunk is one block of kWarps warps, each ranking kSlotsPerWarp slots with its own counter per
-// expert in shared memory. Past 1024 experts the counters of eight warps no longer fit beside
+// A block of the scatter is kWarps warps, each ranking kSlotsPerWarp slots with its own counter per
+// expert in shared memory. Past 1024 experts the counters of sixteen warps no longer fit beside
 // another block, so fewer warps take more slots each.
 template <int kWarpCount, int kWarpSlots>
-struct Chunking {
+struct Scatter {
   static constexpr int kWarps = kWarpCount;
   static constexpr int kThreads = kWarpCount * 32;
   static constexpr int kSlotsPerWarp = kWarpSlots;
-  static constexpr int kSlots = kWarpCount * kWarpSlots;
 };
-using FewExperts = Chunking<8, 128>;
-using ManyExperts = Chunking<2, 1024>;
+using FewExperts = Scatter<16, 128>;
+using ManyExperts = Scatter<4, 512>;
+constexpr int64_t kBlockSlots = 2048;  // of either
 constexpr int64_t kFewExperts = 1024;
 constexpr size_t kPlainSharedBytes = 47 * 1024;  // 48 KB less what kernels declare themselves
 
-int64_t chunks_of(int64_t num_slots, int64_t num_experts) {
-  const int64_t slots = num_experts <= kFewExperts ? FewExperts::kSlots : ManyExperts::kSlots;
-  return std::max<int64_t>(1, ceil_div(num_slots, slots));
-}
+constexpr int kCountThreads = 1024;
+constexpr int kVector = 8;  // counters read at once
+
+// Every block of the scatter reads all counters, and the ids of its chunk before its own, so there
+// are at most this many of the former, and a chunk is longer where there are more slots.
+constexpr int64_t kMaxCounters = 64 * 1024;
+constexpr int64_t kMaxChunks = 96;
+constexpr int64_t kMaxChunkSlots = 31 * kBlockSlots;  // counted in 16 bits
+
+struct Chunks {
+  Chunks(int64_t num_slots, int64_t num_experts)
+      : columns(ceil_div(num_experts, kVector) * kVector) {
+    const int64_t wanted = std::clamp<int64_t>(kMaxCounters / columns, 1, kMaxChunks);
+    const int64_t blocks_each = ceil_div(ceil_div(num_slots, wanted), kBlockSlots);
+    slots = std::clamp<int64_t>(blocks_each * kBlockSlots, kBlockSlots, kMaxChunkSlots);
+    count = std::max<int64_t>(1, ceil_div(num_slots, slots));
+  }
+
+  int64_t columns;
+  int64_t slots;  // of one chunk, a multiple of kBlockSlots
+  int64_t count;
+};
 
 struct PlanParams {
   const void* ids;
@@ -43,11 +61,12 @@ struct PlanParams {
   int64_t row_capacity;
   int32_t num_experts;
   int32_t top_k;
+  int32_t columns;
   int32_t chunks;
+  int64_t chunk_slots;
   const int32_t* token_offsets_in;
   int32_t* token_offsets_out;  // null: not wanted, or the same memory
-  int32_t* counters;
-  int32_t* totals;
+  uint16_t* counters;
   int32_t* expert_counts;
   int32_t* expert_offsets;
   int32_t* row_to_token;
@@ -64,10 +83,39 @@ __device__ int32_t expert_of(const PlanParams& params, int64_t slot) {
   return id >= 0 && id < params.num_experts ? static_cast<int32_t>(id) : -1;
 }
 
-__device__ int32_t token_of(const PlanParams& params, int64_t slot) {
-  if (params.top_k > 0) return static_cast<int32_t>(slot / params.top_k);
-  int64_t low = 0;  // last token whose offset is <= slot
+// Tokens that slots may belong to: first to last.
+struct TokenRange {
+  int64_t first;
+  int64_t last;
+};
+
+// The last token whose offset is <= slot, found by a warp for all its lanes.
+__device__ int64_t token_by_warp(const PlanParams& params, int64_t slot) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int64_t low = 0;
   int64_t high = params.num_tokens;
+  while (high - low > 1) {
+    const int64_t step = (high - low + 31) / 32;
+    const int64_t probe = low + lane * step;
+    const bool before = probe < high && (lane == 0 || params.token_offsets_in[probe] <= slot);
+    low += (__popc(__ballot_sync(kFullMask, before)) - 1) * step;
+    high = min(low + step, high);
+  }
+  return low;
+}
+
+// Where the slots [first, end) have tokens with differing numbers of experts.
+__device__ TokenRange tokens_of(const PlanParams& params, int64_t first, int64_t end) {
+  if (params.top_k > 0 || first >= params.num_slots) return {0, 0};
+  return {token_by_warp(params, first), token_by_warp(params, min(end, params.num_slots) - 1)};
+}
+
+__device__ int32_t token_of(const PlanParams& params, int64_t slot, const TokenRange& tokens) {
+  if (params.top_k > 0) {  // in 32 bits, which slots fit in: a division of 64 is a function call
+    return static_cast<int32_t>(static_cast<uint32_t>(slot) / static_cast<uint32_t>(params.top_k));
+  }
+  int64_t low = tokens.first;
+  int64_t high = tokens.last + 1;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
     if (params.token_offsets_in[middle] <= slot) {
@@ -79,82 +127,88 @@ __device__ int32_t token_of(const PlanParams& params, int64_t slot) {
   return static_cast<int32_t>(low);
 }
 
-template <typename Chunk, typename Id>
-__global__ void __launch_bounds__(Chunk::kThreads) plan_count_kernel(const PlanParams params) {
-  extern __shared__ int32_t histogram[];  // (E)
-  for (int e = threadIdx.x; e < params.num_experts; e += Chunk::kThreads) histogram[e] = 0;
+template <typename Id>
+__global__ void __launch_bounds__(kCountThreads) plan_count_kernel(const PlanParams params) {
+  extern __shared__ int32_t histogram[];  // (columns)
+  for (int e = threadIdx.x; e < params.columns; e += kCountThreads) histogram[e] = 0;
   __syncthreads();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Chunk::kSlots;
-  for (int i = threadIdx.x; i < Chunk::kSlots; i += Chunk::kThreads) {
+  const int64_t first = blockIdx.x * params.chunk_slots;
+  for (int64_t i = threadIdx.x; i < params.chunk_slots; i += kCountThreads) {
     const int32_t expert = expert_of<Id>(params, first + i);
     if (expert >= 0) atomicAdd(&histogram[expert], 1);
   }
   __syncthreads();
-  for (int e = threadIdx.x; e < params.num_experts; e += Chunk::kThreads) {
-    params.counters[static_cast<int64_t>(e) * params.chunks + blockIdx.x] = histogram[e];
+  uint16_t* counters = params.counters + static_cast<int64_t>(blockIdx.x) * params.columns;
+  for (int e = threadIdx.x; e < params.columns; e += kCountThreads) {
+    counters[e] = static_cast<uint16_t>(histogram[e]);
   }
 }
 
-__device__ int32_t warp_inclusive_scan(int32_t value) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+// totals[e]: slots of expert e; rows[e]: those in the chunks before `chunk`. Both start at 0.
+template <typename Block>
+__device__ void add_counters(const PlanParams& params, int32_t chunk, int32_t* totals,
+                             int32_t* rows) {
+  const int vectors = params.columns / kVector;
+  const int groups = max(1, Block::kThreads / vectors);  // of threads, each with chunks of its own
+  for (int item = threadIdx.x; item < vectors * groups; item += Block::kThreads) {
+    const int column = item % vectors * kVector;
+    int32_t all[kVector] = {};
+    int32_t before[kVector] = {};
+#pragma unroll 4
+    for (int32_t c = item / vectors; c < params.chunks; c += groups) {
+      const auto* counters = reinterpret_cast<const uint4*>(
+          params.counters + static_cast<int64_t>(c) * params.columns + column);
+      const uint4 pairs = *counters;
+      const uint32_t words[kVector / 2] = {pairs.x, pairs.y, pairs.z, pairs.w};
 #pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int32_t below = __shfl_up_sync(kFullMask, value, offset);
-    if (lane >= offset) value += below;
+      for (int i = 0; i < kVector; ++i) {
+        const auto count = static_cast<int32_t>(words[i / 2] >> (i % 2 * 16) & 0xffffu);
+        all[i] += count;
+        if (c < chunk) before[i] += count;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      atomicAdd(&totals[column + i], all[i]);
+      atomicAdd(&rows[column + i], before[i]);
+    }
   }
-  return value;
-}
-
-// One warp an expert: exclusive scan of its counters over the chunks, in place.
-__global__ void __launch_bounds__(256) plan_scan_kernel(const PlanParams params) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int expert = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x) / 32;
-  if (expert >= params.num_experts) return;
-  int32_t* counters = params.counters + static_cast<int64_t>(expert) * params.chunks;
-  int32_t before = 0;
-  for (int first = 0; first < params.chunks; first += 32) {
-    const int chunk = first + lane;
-    const int32_t count = chunk < params.chunks ? counters[chunk] : 0;
-    const int32_t inclusive = warp_inclusive_scan(count);
-    if (chunk < params.chunks) counters[chunk] = before + inclusive - count;
-    before += __shfl_sync(kFullMask, inclusive, 31);
-  }
-  if (lane == 0) params.totals[expert] = before;
 }
 
 // base[e] = slots of experts before e. Every block repeats this small scan rather than wait for
-// one block to publish it.
-template <typename Chunk>
-__device__ int32_t scan_totals(const PlanParams& params, int32_t* base) {
-  __shared__ int32_t warp_sums[Chunk::kWarps];
+// one block to publish it. Returns the slots of all experts.
+template <typename Block>
+__device__ int32_t scan_totals(const PlanParams& params, const int32_t* totals, int32_t* base) {
+  __shared__ int32_t warp_sums[Block::kWarps];
   const int thread = static_cast<int>(threadIdx.x);
-  const int per_thread = (params.num_experts + Chunk::kThreads - 1) / Chunk::kThreads;
+  const int per_thread = (params.num_experts + Block::kThreads - 1) / Block::kThreads;
   const int first = thread * per_thread;
   const int last = min(first + per_thread, params.num_experts);
   int32_t sum = 0;
-  for (int e = first; e < last; ++e) sum += params.totals[e];
-  const int32_t inclusive = warp_inclusive_scan(sum);
+  for (int e = first; e < last; ++e) sum += totals[e];
+  const int32_t inclusive = warp_inclusive_sum(sum);
   if (thread % 32 == 31) warp_sums[thread / 32] = inclusive;
   __syncthreads();
   int32_t running = inclusive - sum;
   for (int w = 0; w < thread / 32; ++w) running += warp_sums[w];
   for (int e = first; e < last; ++e) {
     base[e] = running;
-    running += params.totals[e];
+    running += totals[e];
   }
   int32_t all = 0;
-  for (int w = 0; w < Chunk::kWarps; ++w) all += warp_sums[w];
+  for (int w = 0; w < Block::kWarps; ++w) all += warp_sums[w];
   __syncthreads();
   return all;
 }
 
-template <typename Chunk>
-__device__ void write_expert_arrays(const PlanParams& params, const int32_t* base, int32_t all) {
+template <typename Block>
+__device__ void write_expert_arrays(const PlanParams& params, const int32_t* totals,
+                                    const int32_t* base, int32_t all) {
   const auto capacity = static_cast<int32_t>(params.row_capacity);
-  for (int e = threadIdx.x; e < params.num_experts; e += Chunk::kThreads) {
+  for (int e = threadIdx.x; e < params.num_experts; e += Block::kThreads) {
     const int32_t offset = min(base[e], capacity);
     params.expert_offsets[e] = offset;
-    params.expert_counts[e] = min(params.totals[e], capacity - offset);
+    params.expert_counts[e] = min(totals[e], capacity - offset);
   }
   if (threadIdx.x == 0) {
     params.expert_offsets[params.num_experts] = min(all, capacity);
@@ -162,47 +216,12 @@ __device__ void write_expert_arrays(const PlanParams& params, const int32_t* bas
   }
 }
 
-template <typename Chunk, typename Id>
-__global__ void __launch_bounds__(Chunk::kThreads, 1) plan_scatter_kernel(const PlanParams params) {
-  extern __shared__ int32_t shared[];
-  int32_t* base = shared;                            // (E)
-  int32_t* next_rows = shared + params.num_experts;  // (kWarps, E) next row of expert e for warp w
-  const int thread = static_cast<int>(threadIdx.x);
-  const int warp = thread / 32;
-  const int lane = thread % 32;
-  int32_t* next = next_rows + static_cast<int64_t>(warp) * params.num_experts;
-
-  const int32_t all = scan_totals<Chunk>(params, base);
-  if (blockIdx.x == 0) write_expert_arrays<Chunk>(params, base, all);
-  if (params.token_offsets_out != nullptr) {
-    for (int64_t t = static_cast<int64_t>(blockIdx.x) * Chunk::kThreads + thread;
-         t <= params.num_tokens; t += static_cast<int64_t>(gridDim.x) * Chunk::kThreads) {
-      params.token_offsets_out[t] = params.token_offsets_in[t];
-    }
-  }
-
-  for (int i = thread; i < Chunk::kWarps * params.num_experts; i += Chunk::kThreads) {
-    next_rows[i] = 0;
-  }
-  __syncthreads();
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * Chunk::kSlots +
-                        static_cast<int64_t>(warp) * Chunk::kSlotsPerWarp;
-  for (int i = lane; i < Chunk::kSlotsPerWarp; i += 32) {
-    const int32_t expert = expert_of<Id>(params, first + i);
-    if (expert >= 0) atomicAdd(&next[expert], 1);
-  }
-  __syncthreads();
-  for (int e = thread; e < params.num_experts; e += Chunk::kThreads) {
-    int32_t row = base[e] + params.counters[static_cast<int64_t>(e) * params.chunks + blockIdx.x];
-    for (int w = 0; w < Chunk::kWarps; ++w) {
-      int32_t& counter = next_rows[static_cast<int64_t>(w) * params.num_experts + e];
-      const int32_t count = counter;
-      counter = row;
-      row += count;
-    }
-  }
-  __syncthreads();
-  for (int i = lane; i < Chunk::kSlotsPerWarp; i += 32) {
+// The warp's slots from `first` on, in order; next[e] is the row of expert e's next slot.
+template <typename Block, typename Id>
+__device__ void place_slots(const PlanParams& params, int64_t first, int32_t* next) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const TokenRange tokens = tokens_of(params, first, first + Block::kSlotsPerWarp);
+  for (int i = lane; i < Block::kSlotsPerWarp; i += 32) {
     const int64_t slot = first + i;
     const int32_t expert = expert_of<Id>(params, slot);
     const unsigned peers = __match_any_sync(kFullMask, expert);
@@ -217,30 +236,86 @@ __global__ void __launch_bounds__(Chunk::kThreads, 1) plan_scatter_kernel(const 
     params.slot_to_row[slot] = placed ? static_cast<int32_t>(row) : -1;
     if (placed) {
       params.row_to_slot[row] = static_cast<int32_t>(slot);
-      params.row_to_token[row] = token_of(params, slot);
+      params.row_to_token[row] = token_of(params, slot, tokens);
     }
   }
 }
 
-template <typename Chunk, typename Id>
+__device__ void copy_token_offsets(const PlanParams& params) {
+  if (params.token_offsets_out == nullptr) return;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       t <= params.num_tokens; t += step) {
+    params.token_offsets_out[t] = params.token_offsets_in[t];
+  }
+}
+
+template <typename Block, typename Id>
+__global__ void __launch_bounds__(Block::kThreads, 1) plan_scatter_kernel(const PlanParams params) {
+  extern __shared__ int32_t shared[];
+  int32_t* rows = shared;                      // (columns) next row of expert e for the block
+  int32_t* next_rows = rows + params.columns;  // (kWarps, columns) the same for a warp
+  int32_t* totals = next_rows;                 // (columns) until the warps' counts take its place
+  int32_t* base = totals + params.columns;     // (columns) likewise
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBlockSlots;
+  const auto chunk = static_cast<int32_t>(first / params.chunk_slots);
+
+  for (int e = thread; e < params.columns; e += Block::kThreads) rows[e] = totals[e] = 0;
+  __syncthreads();
+  add_counters<Block>(params, chunk, totals, rows);
+  for (int64_t slot = chunk * params.chunk_slots + thread; slot < first; slot += Block::kThreads) {
+    const int32_t expert = expert_of<Id>(params, slot);
+    if (expert >= 0) atomicAdd(&rows[expert], 1);
+  }
+  __syncthreads();
+  const int32_t all = scan_totals<Block>(params, totals, base);
+  if (blockIdx.x == 0) write_expert_arrays<Block>(params, totals, base, all);
+  copy_token_offsets(params);
+  for (int e = thread; e < params.num_experts; e += Block::kThreads) rows[e] += base[e];
+  __syncthreads();
+
+  for (int i = thread; i < Block::kWarps * params.columns; i += Block::kThreads) next_rows[i] = 0;
+  __syncthreads();
+  int32_t* next = next_rows + thread / 32 * params.columns;
+  const int64_t warp_first = first + thread / 32 * Block::kSlotsPerWarp;
+  for (int i = thread % 32; i < Block::kSlotsPerWarp; i += 32) {
+    const int32_t expert = expert_of<Id>(params, warp_first + i);
+    if (expert >= 0) atomicAdd(&next[expert], 1);
+  }
+  __syncthreads();
+  for (int e = thread; e < params.num_experts; e += Block::kThreads) {
+    int32_t row = rows[e];
+    for (int w = 0; w < Block::kWarps; ++w) {
+      int32_t& counter = next_rows[w * params.columns + e];
+      const int32_t count = counter;
+      counter = row;
+      row += count;
+    }
+  }
+  __syncthreads();
+  place_slots<Block, Id>(params, warp_first, next);
+}
+
+template <typename Block, typename Id>
 void launch(const PlanParams& params, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(params.chunks);
-  const size_t expert_bytes = static_cast<size_t>(params.num_experts) * sizeof(int32_t);
-  const size_t scatter_bytes = expert_bytes * (1 + Chunk::kWarps);
-  plan_count_kernel<Chunk, Id><<<blocks, Chunk::kThreads, expert_bytes, stream>>>(params);
+  const size_t column_bytes = static_cast<size_t>(params.columns) * sizeof(int32_t);
+  const size_t scatter_bytes = column_bytes * (1 + Block::kWarps);
+  plan_count_kernel<Id>
+      <<<static_cast<unsigned>(params.chunks), kCountThreads, column_bytes, stream>>>(params);
   check_launch("plan_count_kernel");
-  const auto scan_blocks = static_cast<unsigned>(ceil_div(params.num_experts, 8));
-  plan_scan_kernel<<<scan_blocks, 256, 0, stream>>>(params);
-  check_launch("plan_scan_kernel");
   // Above 48 KB a launch needs the kernel's leave, which is a host-side setting: no launch, no
   // synchronisation, allowed while a graph is captured.
   if (scatter_bytes > kPlainSharedBytes) {
     check("cudaFuncSetAttribute(plan_scatter_kernel)",
-          cudaFuncSetAttribute(plan_scatter_kernel<Chunk, Id>,
+          cudaFuncSetAttribute(plan_scatter_kernel<Block, Id>,
                                cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(scatter_bytes)));
   }
-  plan_scatter_kernel<Chunk, Id><<<blocks, Chunk::kThreads, scatter_bytes, stream>>>(params);
+  // Without slots one block still writes the experts' arrays.
+  const auto blocks =
+      static_cast<unsigned>(std::max<int64_t>(1, ceil_div(params.num_slots, kBlockSlots)));
+  plan_scatter_kernel<Block, Id><<<blocks, Block::kThreads, scatter_bytes, stream>>>(params);
   check_launch("plan_scatter_kernel");
 }
 
@@ -261,8 +336,8 @@ T* data_or_null(const TensorView& view) {
 }  // namespace
 
 int64_t plan_scratch_bytes(int64_t num_slots, int64_t num_experts, const Context&) {
-  return num_experts * (chunks_of(num_slots, num_experts) + 1) *
-         static_cast<int64_t>(sizeof(int32_t));
+  const Chunks chunks(num_slots, num_experts);
+  return chunks.count * chunks.columns * static_cast<int64_t>(sizeof(uint16_t));
 }
 
 void build_plan(const PlanArgs& args, const Context& context) {
@@ -281,12 +356,14 @@ void build_plan(const PlanArgs& args, const Context& context) {
   params.row_capacity = plan.row_to_slot.numel();
   params.num_experts = static_cast<int32_t>(plan.num_experts());
   params.top_k = routing.top_k;
-  params.chunks = static_cast<int32_t>(chunks_of(params.num_slots, params.num_experts));
+  const Chunks chunks(params.num_slots, params.num_experts);
+  params.columns = static_cast<int32_t>(chunks.columns);
+  params.chunks = static_cast<int32_t>(chunks.count);
+  params.chunk_slots = chunks.slots;
   params.token_offsets_in = data_or_null<const int32_t>(routing.token_offsets);
   const bool same_offsets = plan.token_offsets.data == routing.token_offsets.data;
   params.token_offsets_out = same_offsets ? nullptr : data_or_null<int32_t>(plan.token_offsets);
-  params.counters = static_cast<int32_t*>(args.scratch.data);
-  params.totals = params.counters + static_cast<int64_t>(params.num_experts) * params.chunks;
+  params.counters = static_cast<uint16_t*>(args.scratch.data);
   params.expert_counts = plan.expert_counts.as<int32_t>();
   params.expert_offsets = plan.expert_offsets.as<int32_t>();
   params.row_to_token = plan.row_to_token.as<int32_t>();

@@ -22,8 +22,6 @@ std::string too_many(std::string_view what, int64_t value, int64_t most) {
 }  // namespace
 
 std::string why_not_router(const RouteProblem& problem) {
-  if (problem.selection == Selection::given)
-    return "it has no kernel that scores given ids; replay on the CPU, or bring scores of your own";
   if (is_softmax(problem.kind)) {
     if (problem.num_experts > kMaxExperts)
       return too_many("num_experts", problem.num_experts, kMaxExperts);

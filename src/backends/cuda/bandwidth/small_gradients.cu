@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/bandwidth/elements.cuh"
 #include "backends/cuda/bandwidth/team.cuh"
@@ -33,6 +34,8 @@ struct ScoreGradientParams {
 };
 
 __global__ void __launch_bounds__(kThreads) zero_kernel(float* values, int64_t count) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index < count) values[index] = 0.0f;
 }
@@ -63,6 +66,8 @@ __device__ int64_t slot_of(const ScoreGradientParams& params, int64_t row) {
 // One thread a row; blockIdx.y is the expert.
 __global__ void __launch_bounds__(kThreads)
     score_gradient_kernel(const ScoreGradientParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t first = params.expert_offsets[blockIdx.y];
   const int64_t count = params.expert_counts[blockIdx.y];
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
@@ -75,6 +80,8 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     score_gradient_bias_kernel(const ScoreGradientParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t first = params.expert_offsets[blockIdx.y];
   const int64_t count = params.expert_counts[blockIdx.y];
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
@@ -118,6 +125,8 @@ __device__ void put(void* address, int64_t index, float value, GradMode mode) {
 template <typename T>
 __global__ void __launch_bounds__(kThreads) bias_gradient_kernel(const BiasGradientParams params) {
   __shared__ float sums[kRowThreads][kBlockColumns];
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t expert = blockIdx.y;
   if (params.trainable != nullptr && params.trainable[expert] == 0) return;
   const int64_t first = params.expert_offsets[expert];
@@ -171,12 +180,11 @@ unsigned blocks_per_expert(const RowGroups& rows, int64_t rows_per_block) {
 
 void score_gradient(const ScoreGradientArgs& args, const Context& context) {
   check_clean_device("score_gradient");
-  const cudaStream_t stream = stream_of(context);
   const int64_t num_scores = args.dscores.numel();
   if (num_scores == 0) return;
-  zero_kernel<<<static_cast<unsigned>(ceil_div(num_scores, kThreads)), kThreads, 0, stream>>>(
-      args.dscores.as<float>(), num_scores);
-  check_launch("zero_kernel");
+  const dim3 zeros(static_cast<unsigned>(ceil_div(num_scores, kThreads)));
+  launch_dependent({"zero_kernel", zeros, kThreads}, context, zero_kernel, args.dscores.as<float>(),
+                   num_scores);
   if (args.rows.row_capacity == 0) return;
   ScoreGradientParams params;
   params.partials = args.partials.as<float>();
@@ -196,15 +204,16 @@ void score_gradient(const ScoreGradientArgs& args, const Context& context) {
   const auto num_experts = static_cast<unsigned>(args.rows.num_experts());
   if (params.b2 == nullptr) {
     const dim3 grid(blocks_per_expert(args.rows, kThreads), num_experts);
-    score_gradient_kernel<<<grid, kThreads, 0, stream>>>(params);
+    launch_dependent({"score_gradient_kernel", grid, kThreads}, context, score_gradient_kernel,
+                     params);
   } else {
     const dim3 grid(blocks_per_expert(args.rows, kThreads / 32), num_experts);
     visit_storage(args.d_output.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      score_gradient_bias_kernel<T><<<grid, kThreads, 0, stream>>>(params);
+      launch_dependent({"score_gradient_bias_kernel", grid, kThreads}, context,
+                       score_gradient_bias_kernel<T>, params);
     });
   }
-  check_launch("score_gradient_kernel");
 }
 
 void bias_gradient(const BiasGradientArgs& args, const Context& context) {
@@ -228,9 +237,9 @@ void bias_gradient(const BiasGradientArgs& args, const Context& context) {
                   static_cast<unsigned>(args.rows.num_experts()));
   visit_storage(args.values.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    bias_gradient_kernel<T><<<grid, kThreads, 0, stream_of(context)>>>(params);
+    launch_dependent({"bias_gradient_kernel", grid, kThreads}, context, bias_gradient_kernel<T>,
+                     params);
   });
-  check_launch("bias_gradient_kernel");
 }
 
 }  // namespace penstock::cuda

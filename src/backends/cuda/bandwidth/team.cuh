@@ -18,6 +18,17 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
+// The sum over this lane and the lanes below it.
+__device__ inline int32_t warp_inclusive_sum(int32_t value) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int32_t below = __shfl_up_sync(kFullMask, value, offset);
+    if (lane >= offset) value += below;
+  }
+  return value;
+}
+
 struct WarpTeam {
   static constexpr int kSize = 32;
   static constexpr int kTeamsPerBlock = 8;

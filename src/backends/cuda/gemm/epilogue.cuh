@@ -9,12 +9,10 @@
 // nor the 16-byte reads of a row meet a bank conflict.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "backends/cuda/arch/copy.cuh"
 #include "backends/cuda/gemm/schedule.cuh"
 #include "backends/cuda/gemm/tile.cuh"
+#include "backends/cuda/pair.cuh"
 
 namespace penstock::cuda {
 
@@ -44,21 +42,6 @@ struct Bias {
   const void* data;  // null: none
   int64_t expert_stride;
   int64_t stride;
-};
-
-template <typename Element>
-struct Pair;
-template <>
-struct Pair<__nv_bfloat16> {
-  using Type = __nv_bfloat162;
-  static __device__ Type pack(float low, float high) { return __floats2bfloat162_rn(low, high); }
-  static __device__ float2 unpack(Type pair) { return __bfloat1622float2(pair); }
-};
-template <>
-struct Pair<__half> {
-  using Type = __half2;
-  static __device__ Type pack(float low, float high) { return __floats2half2_rn(low, high); }
-  static __device__ float2 unpack(Type pair) { return __half22float2(pair); }
 };
 
 template <typename Element>

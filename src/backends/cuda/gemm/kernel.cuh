@@ -15,12 +15,21 @@
 
 namespace penstock::cuda {
 
-template <typename TileType, typename ScheduleType, typename ProducerType, typename EpilogueType>
+// What the last CTAs of a grid do instead of tiles: nothing, unless a product takes something
+// along.
+struct NoCompany {
+  static constexpr bool kPresent = false;
+  struct Params {};
+};
+
+template <typename TileType, typename ScheduleType, typename ProducerType, typename EpilogueType,
+          typename CompanyType = NoCompany>
 struct Gemm {
   using Tile = TileType;
   using Schedule = ScheduleType;
   using Producer = ProducerType;
   using Epilogue = EpilogueType;
+  using Company = CompanyType;
   using Operand = typename Epilogue::Operand;
 
   static constexpr int kStagingBytes = Tile::kConsumerWarps * Epilogue::kWarpStagingBytes;
@@ -40,6 +49,7 @@ struct Gemm {
     typename Producer::Params operands;
     typename Schedule::Params schedule;
     typename Epilogue::Params epilogue;
+    typename Company::Params company;
   };
 };
 
@@ -152,6 +162,13 @@ __global__ void __launch_bounds__(G::Tile::kThreads, 1)
   if constexpr (G::Tile::kCluster > 1) arch::cluster_sync();
   __syncthreads();
   arch::wait_for_earlier_launches();
+  if constexpr (G::Company::kPresent) {
+    if (G::Company::owns_this_cta(params.company)) {
+      G::Company::run(params.company, base);
+      if constexpr (G::Tile::kCluster > 1) arch::cluster_sync();
+      return;
+    }
+  }
   // One consumer warpgroup leaves every thread 255 registers: nothing to move then.
   if (threadIdx.x < kWarpgroup) {
     if constexpr (G::Tile::kConsumers > 1) arch::registers_decrease<G::Producer::kRegisters>();

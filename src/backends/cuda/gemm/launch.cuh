@@ -20,6 +20,7 @@
 #include "backends/cuda/gemm/products.h"
 #include "backends/cuda/gemm/tensor_map.h"
 #include "backends/cuda/gemm/warp_store.cuh"
+#include "backends/cuda/launch.h"
 #include "penstock/error.h"
 
 namespace penstock::cuda {
@@ -29,47 +30,20 @@ inline constexpr DType kDTypeOf = DType::bfloat16;
 template <>
 inline constexpr DType kDTypeOf<__half> = DType::float16;
 
-inline void require_success(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw Error(ErrorCode::device_error,
-              {std::string("kernel ") + what, cudaGetErrorString(status), "a successful launch",
-               "If an earlier call failed on this device, the error is that call's."});
-}
-
-inline int64_t multiprocessors(const Context& context) {
-  int device = 0;
-  int count = 0;
-  require_success(cudaGetDevice(&device), "device query");
-  require_success(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-                  "device query");
-  return context.sm_budget > 0 ? std::min<int64_t>(context.sm_budget, count) : count;
-}
-
-// `tiles` is an upper bound; a CTA without a tile ends at once.
+// `tiles` is an upper bound; a CTA without a tile ends at once. `company` CTAs come on top.
 template <typename G>
 void launch(const char* name, const typename G::Params& params, int64_t tiles,
-            const Context& context) {
+            const Context& context, int64_t company = 0) {
   if (tiles == 0) return;
   constexpr int64_t kCluster = G::Tile::kCluster;
   const auto kernel = grouped_gemm<G>;
-  require_success(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes),
-      name);
-  const int64_t most = std::max(multiprocessors(context) / kCluster, int64_t{1});
+  check(name,
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes));
+  const int64_t most = std::max((multiprocessors(context) - company) / kCluster, int64_t{1});
   const int64_t clusters = std::min((tiles + kCluster - 1) / kCluster, most);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(kCluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
-  config.blockDim = dim3(G::Tile::kThreads);
-  config.dynamicSmemBytes = G::kSharedBytes;
-  config.stream = static_cast<cudaStream_t>(context.stream);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  require_success(cudaLaunchKernelEx(&config, kernel, params), name);
+  const auto ctas = static_cast<unsigned>(clusters * kCluster + company);
+  launch_dependent({name, dim3(ctas), G::Tile::kThreads, G::kSharedBytes, kCluster}, context,
+                   kernel, params);
 }
 
 inline Groups groups_of(const RowGroups& rows) {

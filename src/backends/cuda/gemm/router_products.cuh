@@ -96,6 +96,7 @@ struct SplitParams {
 // One block: the scale, and the slices of the stacked rows as groups.
 template <typename Element>
 __global__ void split_scale(SplitParams params) {
+  arch::wait_for_earlier_launches();
   if (threadIdx.x == 0) {
     int exponent = 0;
     if constexpr (kDTypeOf<Element> == DType::float16) {
@@ -115,6 +116,7 @@ __global__ void split_scale(SplitParams params) {
 
 template <typename Element>
 __global__ void split_dlogits(SplitParams params) {
+  arch::wait_for_earlier_launches();
   const int64_t count = params.tokens * params.padded_experts;
   const float scale = params.scale[0];
   Element* high = static_cast<Element*>(params.terms);
@@ -145,6 +147,7 @@ struct SlicesParams {
 // dWr = inverse scale times the slices' sum, in slice order.
 template <typename Out>
 __global__ void sum_slices(SlicesParams params, Out* out) {
+  arch::wait_for_earlier_launches();
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < params.count;
        i += int64_t{gridDim.x} * blockDim.x) {
     float sum = 0.0f;
@@ -161,22 +164,22 @@ inline unsigned blocks_for(int64_t count, int threads) {
 
 template <typename Element>
 void split(const SplitParams& params, const Context& context) {
-  const auto stream = static_cast<cudaStream_t>(context.stream);
   constexpr int kThreads = 256;
   if constexpr (kDTypeOf<Element> == DType::float16) {
-    require_success(cudaMemsetAsync(params.scale, 0, 8, stream), "router_logits_backward");
+    const cudaStream_t stream = stream_of(context);
+    check("cudaMemsetAsync", cudaMemsetAsync(params.scale, 0, 8, stream));
     const int64_t count = params.tokens * params.experts;
     if (count > 0) {
       largest_bits<<<blocks_for(count, kThreads), kThreads, 0, stream>>>(
           params.dlogits, count, reinterpret_cast<int32_t*>(params.scale));
+      check_launch("largest_bits");
     }
   }
-  split_scale<Element><<<1, 32, 0, stream>>>(params);
+  launch_dependent({"split_scale", dim3(1), 32}, context, split_scale<Element>, params);
   if (params.tokens == 0) return;
-  split_dlogits<Element>
-      <<<blocks_for(params.tokens * params.padded_experts, kThreads), kThreads, 0, stream>>>(
-          params);
-  require_success(cudaGetLastError(), "router_logits_backward");
+  const unsigned blocks = blocks_for(params.tokens * params.padded_experts, kThreads);
+  launch_dependent({"split_dlogits", dim3(blocks), kThreads}, context, split_dlogits<Element>,
+                   params);
 }
 
 template <typename Element>
@@ -217,14 +220,14 @@ void router_weight_gradient(const RouterLogitsBackwardArgs& args, const SplitPar
   weight_gradient<Element>(products, context);
   const SlicesParams slices = {partials, terms.slices, terms.padded_experts * d, terms.experts * d,
                                terms.scale + 1};
-  const unsigned blocks = blocks_for(slices.count, 256);
-  const auto stream = static_cast<cudaStream_t>(context.stream);
+  const Launch launch = {"sum_slices", dim3(blocks_for(slices.count, 256)), 256};
   if (args.drouter_weight.dtype == DType::float32) {
-    sum_slices<<<blocks, 256, 0, stream>>>(slices, args.drouter_weight.template as<float>());
+    launch_dependent(launch, context, sum_slices<float>, slices,
+                     args.drouter_weight.template as<float>());
   } else {
-    sum_slices<<<blocks, 256, 0, stream>>>(slices, args.drouter_weight.template as<Element>());
+    launch_dependent(launch, context, sum_slices<Element>, slices,
+                     args.drouter_weight.template as<Element>());
   }
-  require_success(cudaGetLastError(), "router_logits_backward");
 }
 
 template <typename Element>

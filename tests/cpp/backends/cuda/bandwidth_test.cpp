@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <random>
 #include <string>
@@ -85,6 +86,44 @@ TEST_P(RouterTest, ChoosesAndScoresAsTheReference) {
         context);
     EXPECT_LE(dlogits.relative_error(), 2e-6);
   }
+}
+
+TEST_P(RouterTest, ReplaysItsChoiceWithTheSameBits) {
+  const auto& [shape, kind] = GetParam();
+  Mirror logits(DType::float32, {shape.num_tokens, shape.num_experts});
+  logits.normal(random);
+  for (int64_t i = 0; i < logits.numel(); ++i) {
+    float& logit = logits.data<float>()[i];
+    logit = std::round(logit * 8.0f) / 8.0f;  // a few ties in every token
+  }
+  logits.upload();
+  Mirror scores(DType::float32, {shape.num_tokens, shape.top_k});
+  Mirror ids(DType::int32, {shape.num_tokens, shape.top_k});
+  cpu().router_forward({kind, logits.host(), scores.host(), ids.host()}, context);
+  gpu().router_forward({kind, logits.device(), scores.device(), ids.device()}, context);
+  EXPECT_TRUE(ids.same_bits());
+  Mirror replayed(DType::float32, {shape.num_tokens, shape.top_k});
+  RouterForwardArgs args{kind, logits.device(), replayed.device(), ids.device()};
+  args.selection = Selection::given;
+  gpu().router_forward(args, context);
+  EXPECT_EQ(replayed.download(), scores.download());
+
+  // Every other slot names no expert, and some tokens have none.
+  for (int64_t i = 0; i < ids.numel(); ++i) {
+    if (i % 2 == 0 || i / shape.top_k % 5 == 0) {
+      ids.data<int32_t>()[i] = i % 4 == 0 ? -1 : static_cast<int32_t>(shape.num_experts);
+    }
+  }
+  ids.upload();
+  args.logits = logits.host();
+  args.scores = replayed.host();
+  args.ids = ids.host();
+  cpu().router_forward(args, context);
+  args.logits = logits.device();
+  args.scores = replayed.device();
+  args.ids = ids.device();
+  gpu().router_forward(args, context);
+  EXPECT_LE(replayed.relative_error(), 1e-6);
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -192,7 +231,10 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanTest,
                                            PlanShape{3000, 128, 8, 1500, DType::int64},
                                            PlanShape{777, 1024, 4, 0, DType::int64},
                                            PlanShape{5000, 1025, 3, 0, DType::int32},
-                                           PlanShape{2000, 8192, 16, 0, DType::int32}));
+                                           PlanShape{2000, 8192, 16, 0, DType::int32},
+                                           // Chunks of several blocks, and of as many as may be.
+                                           PlanShape{70000, 16, 3, 0, DType::int32},
+                                           PlanShape{64000, 8192, 8, 0, DType::int32}));
 
 class CombineTest : public CudaTest, public ::testing::WithParamInterface<DType> {};
 

@@ -55,9 +55,8 @@ void select(const RouterForwardArgs& args, const StepLoop& loop) {
   const int64_t num_experts = scratch.num_experts;
   const int64_t work = num_experts * kWorkPerLogit;
   loop.for_each(num_tokens, work, [&](int64_t token) {
-    const TokenSoftmax softmax(row_of<const Logit>(args.logits, token), num_experts);
-    for (int64_t expert = 0; expert < num_experts; ++expert)
-      scratch.keys[token * num_experts + expert] = static_cast<Logit>(softmax.probability(expert));
+    ranking_softmax(row_of<const Logit>(args.logits, token), num_experts,
+                    scratch.keys + token * num_experts);
     std::fill_n(scratch.picked + token * num_experts, num_experts, uint8_t{0});
   });
   const int64_t steps = (num_experts + kExpertsPerStep - 1) / kExpertsPerStep;

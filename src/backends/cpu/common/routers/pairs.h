@@ -8,10 +8,12 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <span>
 
+#include "backend/ranking.h"
 #include "backends/cpu/common/elements.h"
 #include "backends/cpu/common/router_math.h"
 #include "backends/cpu/common/routers/router.h"
@@ -40,6 +42,26 @@ struct TokenSoftmax {
   double denominator;
 };
 
+// p of a token's experts as tokens are ranked by it, the same bits on every backend in fp32.
+inline void ranking_softmax(const float* logits, int64_t num_experts, float* p) {
+  const float largest = largest_logit(logits, num_experts);
+  std::array<float, ranking::kPartialSums> sums = {};
+  for (int64_t expert = 0; expert < num_experts; ++expert) {
+    p[expert] = ranking::exponential(ranking::minus(logits[expert], largest));
+    sums[expert % ranking::kPartialSums] += p[expert];
+  }
+  for (size_t half = sums.size() / 2; half > 0; half /= 2)
+    for (size_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  const float inverse = ranking::over(1.0f, sums[0]);
+  for (int64_t expert = 0; expert < num_experts; ++expert)
+    p[expert] = ranking::times(p[expert], inverse);
+}
+
+inline void ranking_softmax(const double* logits, int64_t num_experts, double* p) {
+  const TokenSoftmax softmax(logits, num_experts);
+  for (int64_t expert = 0; expert < num_experts; ++expert) p[expert] = softmax.probability(expert);
+}
+
 // Tokens of one expert's column of `keys` (T, E), by falling key; NaN last, ties to the lower
 // token.
 template <typename Logit>
@@ -54,7 +76,7 @@ class TokenRank {
     if (ranks_above(a, b)) return true;
     return !ranks_above(b, a) && left < right;
   }
-  double key(int32_t token) const { return static_cast<double>(column_[token * stride_]); }
+  Logit key(int32_t token) const { return column_[token * stride_]; }
 
  private:
   const Logit* column_;

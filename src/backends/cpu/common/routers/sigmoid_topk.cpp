@@ -7,6 +7,7 @@
 //   score_k = scale * s_k / sum of the chosen s, or scale * s_k
 #include <array>
 
+#include "backend/ranking.h"
 #include "backends/cpu/common/elements.h"
 #include "backends/cpu/common/router_math.h"
 #include "backends/cpu/common/routers/router.h"
@@ -16,47 +17,59 @@ namespace penstock::cpu {
 namespace {
 
 // Scratch of one token.
+template <typename Logit>
 struct TokenScratch {
-  double* biased;       // (E)
-  double* groups;       // (num_groups)
+  Logit* biased;        // (E)
+  Logit* groups;        // (num_groups)
   int32_t* best;        // (num_groups) ids of the groups that take part, first
   uint8_t* takes_part;  // (num_groups)
 };
 
 int64_t aligned(int64_t bytes) { return (bytes + 7) / 8 * 8; }
 
-int64_t token_bytes(int64_t num_experts, int64_t num_groups) {
-  return 8 * num_experts + 8 * num_groups + aligned(4 * num_groups) + aligned(num_groups);
+int64_t token_bytes(int64_t num_experts, int64_t num_groups, DType dtype) {
+  return aligned(size_of(dtype) * (num_experts + num_groups)) + aligned(4 * num_groups) +
+         aligned(num_groups);
 }
 
 int64_t scratch_bytes(const RouteProblem& problem) {
   if (problem.selection == Selection::given) return 0;
-  return problem.num_tokens * token_bytes(problem.num_experts, problem.options.num_groups);
+  return problem.num_tokens *
+         token_bytes(problem.num_experts, problem.options.num_groups, problem.dtype);
 }
 
-TokenScratch scratch_of(const RouterForwardArgs& args, int64_t token) {
+template <typename Logit>
+TokenScratch<Logit> scratch_of(const RouterForwardArgs& args, int64_t token) {
   const int64_t experts = args.logits.size(1);
   const int64_t groups = args.options.num_groups;
-  auto* base = static_cast<std::byte*>(args.workspace.data) + token * token_bytes(experts, groups);
-  TokenScratch scratch = {};
-  scratch.biased = reinterpret_cast<double*>(base);
+  auto* base = static_cast<std::byte*>(args.workspace.data) +
+               token * token_bytes(experts, groups, args.logits.dtype);
+  TokenScratch<Logit> scratch = {};
+  scratch.biased = reinterpret_cast<Logit*>(base);
   scratch.groups = scratch.biased + experts;
-  scratch.best = reinterpret_cast<int32_t*>(scratch.groups + groups);
+  scratch.best =
+      reinterpret_cast<int32_t*>(base + aligned((experts + groups) * int64_t{sizeof(Logit)}));
   scratch.takes_part =
       reinterpret_cast<uint8_t*>(scratch.best) + aligned(groups * int64_t{sizeof(int32_t)});
   return scratch;
 }
 
 // The sum of the two best scores of a group; of the only one, where it has one.
-double group_worth(const double* biased, int64_t size) {
+template <typename Logit>
+Logit group_worth(const Logit* biased, int64_t size) {
   std::array<int32_t, 2> best = {};
   const int64_t counted = std::min<int64_t>(2, size);
   choose_top_k(biased, size, best.data(), counted);
   return counted == 1 ? biased[best[0]] : biased[best[0]] + biased[best[1]];
 }
 
+// The sigmoid that experts are ranked by.
+float ranking_sigmoid(float logit) { return ranking::sigmoid(logit); }
+double ranking_sigmoid(double logit) { return sigmoid(logit); }
+
 // The K best of the experts of the groups that take part, best first, ties to the lower id.
-void choose(const RouterForwardArgs& args, const TokenScratch& scratch, int32_t* ids) {
+template <typename Logit>
+void choose(const RouterForwardArgs& args, const TokenScratch<Logit>& scratch, int32_t* ids) {
   const int64_t groups = args.options.num_groups;
   const int64_t size = args.logits.size(1) / groups;
   for (int64_t group = 0; group < groups; ++group) {
@@ -65,18 +78,18 @@ void choose(const RouterForwardArgs& args, const TokenScratch& scratch, int32_t*
   }
   choose_top_k(scratch.groups, groups, scratch.best, args.options.top_groups);
   for (int32_t i = 0; i < args.options.top_groups; ++i) scratch.takes_part[scratch.best[i]] = 1;
-  TopKChoice<double> choice(scratch.biased, ids, args.ids.size(1));
+  TopKChoice<Logit> choice(scratch.biased, ids, args.ids.size(1));
   for (int64_t expert = 0; expert < groups * size; ++expert)
     if (scratch.takes_part[expert / size] != 0) choice.offer(expert);
 }
 
 template <typename Logit>
 void choose_token(const RouterForwardArgs& args, int64_t token) {
-  const TokenScratch scratch = scratch_of(args, token);
+  const TokenScratch<Logit> scratch = scratch_of<Logit>(args, token);
   const Logit* logits = row_of<const Logit>(args.logits, token);
   for (int64_t expert = 0; expert < args.logits.size(1); ++expert) {
-    const double bias = args.bias.present() ? value_at<double>(args.bias, expert) : 0.0;
-    scratch.biased[expert] = sigmoid(static_cast<double>(logits[expert])) + bias;
+    const Logit bias = args.bias.present() ? value_at<Logit>(args.bias, expert) : Logit(0);
+    scratch.biased[expert] = ranking_sigmoid(logits[expert]) + bias;
   }
   choose(args, scratch, row_of<int32_t>(args.ids, token));
 }

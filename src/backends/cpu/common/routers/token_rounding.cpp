@@ -89,11 +89,8 @@ class TokenRounding {
 
   void choose_token(int64_t token) {
     const Logit* logits = row_of<const Logit>(args_.logits, token);
-    const TokenSoftmax softmax(logits, num_experts_);
-    for (int64_t expert = 0; expert < num_experts_; ++expert) {
-      keys_[token * num_experts_ + expert] = static_cast<Logit>(softmax.probability(expert));
-      mark(token, expert) = kOther;
-    }
+    ranking_softmax(logits, num_experts_, keys_ + token * num_experts_);
+    std::fill_n(&mark(token, 0), num_experts_, uint8_t{kOther});
     int32_t* top = top_ + token * args_.top_k;
     choose_top_k(logits, num_experts_, top, args_.top_k);
     for (int32_t k = 0; k < args_.top_k; ++k) mark(token, top[k]) = kChosen;
@@ -136,7 +133,7 @@ class TokenRounding {
     if (targets_[expert] == kByScore) {
       const auto weight = [&](std::span<const int32_t> tokens) {
         double sum = 0.0;
-        for (const int32_t token : tokens) sum += rank.key(token);
+        for (const int32_t token : tokens) sum += ranking::weight(rank.key(token));
         return sum;
       };
       up = weight(leaving.sorted()) > weight(joining.sorted());
