@@ -108,7 +108,8 @@ def test_frozen_experts_get_no_gradient_work():
     with Calls() as record:
         got = grads(model, ids)
     assert not any("experts." in name for name in got)
-    wanted = [arguments[17] for arguments in record.of("experts_backward")]
+    # The last pass over a graph, which may write over what was kept.
+    wanted = [arguments[17] for arguments in record.of("experts_backward_over_h")]
     assert wanted == [[True, True] + 6 * [False]] * 2  # x and the scores, no weight
 
 
