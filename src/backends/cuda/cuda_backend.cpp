@@ -107,7 +107,6 @@ std::string why_not(const ExpertsProblem& problem) {
     return "hidden_size " + std::to_string(problem.hidden_size) + " and intermediate_size " +
            std::to_string(problem.intermediate_size) + " must be multiples of 8";
   }
-  if (problem.adapter_rank != 0) return "adapters are computed on the CPU only";
   if (problem.num_experts > kMaxExperts) {
     return "num_experts " + std::to_string(problem.num_experts) + " is above " +
            std::to_string(kMaxExperts);

@@ -57,6 +57,16 @@ std::string why_not_shape(const ExpertsProblem& problem) {
   return {};
 }
 
+std::string why_not_adapters(const ExpertsProblem& problem) {
+  if (problem.adapter_ranks == std::array<int64_t, 2>{}) return {};
+  for (const int64_t rank : problem.adapter_ranks)
+    if (rank % kGranule != 0)
+      return "rank " + std::to_string(rank) + " of an adapter is not a multiple of 8";
+  if (problem.config.weight_order == WeightOrder::input_major)
+    return "adapters with weight_order input_major";
+  return {};
+}
+
 int64_t score_partials_of(int64_t intermediate_size) {
   return ceil_div(intermediate_size, kDownBackwardTileN);
 }

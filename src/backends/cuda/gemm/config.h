@@ -18,6 +18,7 @@ namespace penstock::cuda {
 inline constexpr int32_t kWideTileN = 256;
 inline constexpr int32_t kDownBackwardTileN = 256;
 inline constexpr int32_t kLogitsTileN = 128;
+inline constexpr int32_t kThinTileN = 64;
 // Of a weight gradient's tile: the side that is gathered, and the other.
 inline constexpr int32_t kGatheredTile = 128;
 inline constexpr int32_t kDirectTile = 256;
@@ -35,6 +36,8 @@ int32_t router_gradient_slices(const RouterProblem& problem);
 
 // Empty if the shape, dtype and weight layout fit the kernels, otherwise the reason by name.
 std::string why_not_shape(const ExpertsProblem& problem);
+// The same for the ranks of adapters beside the weights.
+std::string why_not_adapters(const ExpertsProblem& problem);
 
 int64_t score_partials_of(int64_t intermediate_size);
 

@@ -38,7 +38,10 @@ void require_router_size(const TensorView& x) {
 
 }  // namespace
 
-std::string why_not_products(const ExpertsProblem& problem) { return why_not_shape(problem); }
+std::string why_not_products(const ExpertsProblem& problem) {
+  if (std::string reason = why_not_shape(problem); !reason.empty()) return reason;
+  return why_not_adapters(problem);
+}
 
 std::string why_not_products_dtype(DType dtype) {
   if (dtype == DType::bfloat16 || dtype == DType::float16) return {};

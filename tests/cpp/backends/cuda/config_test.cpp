@@ -74,6 +74,20 @@ TEST(WhyNotShape, RefusesOnlyTheLayoutWithoutAContiguousAxis) {
   EXPECT_EQ(why_not_shape(problem), "");
 }
 
+TEST(WhyNotAdapters, NamesWhatItRefuses) {
+  ExpertsProblem problem = problem_of_size(64, 64);
+  problem.config.weight_order = WeightOrder::input_major;
+  EXPECT_EQ(why_not_adapters(problem), "");  // there are none
+  problem.adapter_ranks = {16, 0};
+  EXPECT_NE(why_not_adapters(problem).find("input_major"), std::string::npos);
+  problem.config.weight_order = WeightOrder::output_major;
+  EXPECT_EQ(why_not_adapters(problem), "");
+  problem.adapter_ranks = {16, 12};
+  EXPECT_NE(why_not_adapters(problem).find("rank 12"), std::string::npos);
+  problem.adapter_ranks = {4, 16};
+  EXPECT_NE(why_not_adapters(problem).find("rank 4"), std::string::npos);
+}
+
 TEST(ScorePartials, AreOneATile) {
   EXPECT_EQ(score_partials_of(8), 1);
   EXPECT_EQ(score_partials_of(256), 1);
