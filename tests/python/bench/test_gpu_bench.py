@@ -129,16 +129,16 @@ def test_everyone_begins_a_round_equally_often():
 
 GEMM = "void penstock::cuda::grouped_gemm<penstock::cuda::Gemm<Tile<bf16, 128, 256>, {}> >(Params)"
 KERNELS = [
-    GEMM.format("GatheredRows, StoreEpilogue<Tile<bf16>, float, 0>"),
+    GEMM.format("GatheredRows, StoreWideEpilogue<Tile<bf16>, 0>"),
     "void penstock::cuda::(anonymous namespace)::warp_router_kernel<16>(RouterParams)",
     "void penstock::cuda::(anonymous namespace)::plan_count_kernel<FewExperts, int>(PlanParams)",
     GEMM.format("GatheredRows, UpEpilogue<Tile<bf16>, 1>"),
-    GEMM.format("ContiguousRows, StoreEpilogue<Tile<bf16>, __nv_bfloat16, 0>"),
+    GEMM.format("ContiguousRows, StoreEpilogue<Tile<bf16>>"),
     "void penstock::cuda::(anonymous namespace)::combine_kernel<__nv_bfloat16>(CombineParams)",
     GEMM.format("GatheredRows, DownBackwardEpilogue<Tile<bf16>, 1>"),
     "void penstock::cuda::(anonymous namespace)::score_gradient_kernel<bf16>(ScoreParams)",
     GEMM.format("GatheredColumns, WeightGradientEpilogue<Tile<bf16>>"),
-    GEMM.format("ContiguousRows, StoreEpilogue<Tile<bf16>, __nv_bfloat16, 0>"),
+    GEMM.format("ContiguousRows, StoreEpilogue<Tile<bf16>>"),
     GEMM.format("GatheredColumns, WeightGradientEpilogue<Tile<bf16>>"),
     "void penstock::cuda::(anonymous namespace)::combine_kernel<__nv_bfloat16>(CombineParams)",
     "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >(int)",

@@ -42,7 +42,7 @@ class Rate(NamedTuple):
 # By parts of our kernels' names, in the order in which they are tried. Where a kernel serves two
 # launches, the second name is for what comes after dH.
 _NAMES: tuple[tuple[str, str, str], ...] = (
-    (r"StoreEpilogue<.*, float,", "logits", "router's dX and dWr"),
+    (r"StoreWideEpilogue", "logits", "router's dX and dWr"),
     (r"UpEpilogue", "up-projection", "up-projection again"),
     (r"DownBackwardEpilogue", "dH", "dH"),
     (r"StoreEpilogue", "down-projection", "dX rows"),
