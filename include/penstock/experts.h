@@ -9,6 +9,7 @@
 // so both save policies give the same bits.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string_view>
 
@@ -102,7 +103,8 @@ struct ExpertsProblem {
   DType dtype = DType::float32;
   Device device = {};
   RowSource rows = RowSource::routed;  // dispatched: no slots, num_tokens = row_capacity
-  int64_t adapter_rank = 0;            // the larger rank of adapters.h's calls, 0 in all others
+  // Of adapters.h's calls, up and down; 0 where there is none, as in all other calls.
+  std::array<int64_t, 2> adapter_ranks = {};
 
   int64_t preactivation_size() const { return config.halves() * intermediate_size; }
 };

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from penstock import functional
 from penstock._context import current
@@ -23,6 +24,8 @@ from penstock.errors import invalid
 from penstock.routing import Routing
 
 __all__ = ["Adapters", "adapted_experts", "merge_", "on_experts", "unmerge_"]
+
+_RANK_GRANULE = 8  # elements of two bytes in one of the GPU's 16-byte copies
 
 
 def adapted_experts(
@@ -51,7 +54,8 @@ def adapted_experts(
     Each factor needs stride 1 in one of its last two axes. Everything else is as for moe_experts.
 
     Differentiable once in x, scores and the adapters' factors. ValueError where a weight or bias
-    wants a gradient, and for what moe_experts refuses. CPU backends only.
+    wants a gradient, and for what moe_experts refuses. On a GPU weights must be output_major, and
+    factors whose rank is not a multiple of 8 are copied, padded with zeros.
     """
     weights = functional.weights_of((w1, w2), (b1, b2))
     routing = functional.routing_of(x, topk_scores, topk_ids)
@@ -61,6 +65,8 @@ def adapted_experts(
     if plan is None:
         plan = functional.plan(routing, w2.shape[0])
     config = Config(activation, gate_layout, weight_order, save, clamp_alpha, clamp_limit)
+    if x.is_cuda:
+        adapters = _in_whole_vectors(adapters)
     tensors = [t for t in (x, routing.scores, *adapters) if t is not None]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         config = config._replace(save="nothing")
@@ -104,6 +110,23 @@ def unmerge_(
 ) -> None:
     """Subtract what merge_ added; the weights come back up to rounding of their dtype."""
     _add_product(w1, w2, adapters, weight_order, alpha=-1)
+
+
+def _in_whole_vectors(adapters: Adapters) -> Adapters:
+    """The adapters as the GPU reads them: last axis contiguous, rank a multiple of 16 bytes.
+
+    The columns of B and rows of A that are added are zero, so no result changes.
+    """
+
+    def padded(a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if a is None or b is None:
+            return a, b
+        missing = -a.shape[1] % _RANK_GRANULE
+        return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
+
+    return Adapters(
+        *padded(adapters.up_a, adapters.up_b), *padded(adapters.down_a, adapters.down_b)
+    )
 
 
 def _add_product(

@@ -12,12 +12,16 @@ namespace penstock {
 namespace {
 
 // Launches in order; a buffer is alive from `first` to `last`, both included.
-enum ForwardLaunch : int { kUpProjection, kDownProjection, kCombine };
+enum ForwardLaunch : int { kUpFactor, kUpProjection, kDownFactor, kDownProjection, kCombine };
 enum BackwardLaunch : int {
+  kUpFactorAgain,
   kRecompute,
+  kDownFactorGradient,
   kDownBackward,
   kScoreGradient,
   kDownWeightGradient,
+  kUpFactorGradient,
+  kUpAdapterGradients,
   kUpBackward,
   kUpWeightGradient,
   kCombineGradient,
@@ -37,13 +41,19 @@ int64_t rows_bytes(const ExpertsProblem& problem, int64_t width, DType dtype) {
 
 bool dispatched(const ExpertsProblem& problem) { return problem.rows == RowSource::dispatched; }
 
-// Of every operation, on all columns or on some; fewer columns may be cut differently.
+// Of every operation, on all columns or on some; fewer columns may be cut differently. An adapter's
+// products are at most as large as those of a layer whose sizes cover its rank.
 int64_t scratch_of(const ExpertsProblem& problem, const Backend& backend, const Context& context) {
-  int64_t bytes = backend.scratch_bytes(problem, context);
-  const int64_t columns = columns_at_a_time(problem);
-  for (const int64_t block : {columns, problem.hidden_size % columns}) {
+  ExpertsProblem covering = problem;
+  for (const int64_t rank : problem.adapter_ranks) {
+    covering.hidden_size = std::max(covering.hidden_size, rank);
+    covering.intermediate_size = std::max(covering.intermediate_size, rank);
+  }
+  int64_t bytes = backend.scratch_bytes(covering, context);
+  const int64_t columns = columns_at_a_time(covering);
+  for (const int64_t block : {columns, covering.hidden_size % columns}) {
     if (block == 0) continue;
-    ExpertsProblem part = problem;
+    ExpertsProblem part = covering;
     part.hidden_size = block;
     bytes = std::max(bytes, backend.scratch_bytes(part, context));
   }
@@ -89,10 +99,15 @@ ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& back
   plan.a.bytes = rows_bytes(problem, problem.intermediate_size, problem.dtype);
   if (!dispatched(problem))
     plan.y.bytes = rows_bytes(problem, columns_at_a_time(problem), problem.dtype);
+  const auto [up_rank, down_rank] = problem.adapter_ranks;
+  plan.u1.bytes = rows_bytes(problem, up_rank, problem.dtype);
+  plan.u2.bytes = rows_bytes(problem, down_rank, problem.dtype);
   plan.scratch.bytes = scratch_of(problem, backend, context);
   plan.bytes = place({{&plan.a, kUpProjection, kDownProjection},
                       {&plan.y, kDownProjection, kCombine},
-                      {&plan.scratch, kUpProjection, kCombine}});
+                      {&plan.u1, kUpFactor, kUpProjection},
+                      {&plan.u2, kDownFactor, kDownProjection},
+                      {&plan.scratch, kUpFactor, kCombine}});
   return plan;
 }
 
@@ -111,11 +126,18 @@ BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass
     if (!dispatched(problem))
       plan.dx_rows.bytes = rows_bytes(problem, columns_at_a_time(problem), problem.dtype);
   }
+  const auto [up_rank, down_rank] = problem.adapter_ranks;
+  plan.u1.bytes = plan.v1.bytes = rows_bytes(problem, up_rank, problem.dtype);
+  plan.u2.bytes = plan.v2.bytes = rows_bytes(problem, down_rank, problem.dtype);
   plan.bytes = place({{&plan.dh, kRecompute, kUpWeightGradient},
                       {&plan.a_scaled, kDownBackward, kDownWeightGradient},
                       {&plan.partials, kDownBackward, kScoreGradient},
                       {&plan.dx_rows, kUpBackward, kCombineGradient},
-                      {&plan.scratch, kRecompute, kCombineGradient}});
+                      {&plan.u1, kUpFactorAgain, kUpAdapterGradients},
+                      {&plan.u2, kDownWeightGradient, kDownWeightGradient},
+                      {&plan.v1, kUpFactorGradient, kUpBackward},
+                      {&plan.v2, kDownFactorGradient, kDownWeightGradient},
+                      {&plan.scratch, kUpFactorAgain, kCombineGradient}});
   return plan;
 }
 

@@ -4,13 +4,15 @@
 // launches; buffers whose lifetimes do not meet may share memory. The plan is a pure function of
 // the problem and the backend, so the query and the call agree to the byte.
 //
-//   launch          forward: up_projection, down_projection, combine
-//                   backward: recompute H, down_backward, score_gradient, dW2 and db2,
-//                             up_backward, dW1 and db1, combine
+//   launch          forward: U1, up_projection, U2, down_projection, combine
+//                   backward: U1, recompute H, V2, down_backward, score_gradient, dW2 and db2 (of
+//                             adapters: dA2 and dB2), V1, dA1 and dB1, up_backward, dW1 and db1,
+//                             combine
 //   H and dH        one buffer: down_backward writes dH over H, element by element; that of the
 //                   kept H, where the pass may overwrite it
 //   dX~             over A' and the partial sums, which are dead by then
 //   Y and dX~       whole, or one block of columns where the order is low_memory
+//   U and V         thin rows of adapters of rank r1 and r2 (experts/adapter_views.h), else empty
 //   scratch         the backend's own, counted once as the largest of its operations
 #pragma once
 
@@ -28,6 +30,8 @@ struct Buffer {
 struct ForwardWorkspace {
   Buffer a;        // (R_cap, n)
   Buffer y;        // (R_cap, d or fewer)  empty when dispatched: Y is written to the output
+  Buffer u1;       // (R_cap, r1)
+  Buffer u2;       // (R_cap, r2)
   Buffer scratch;  //
   int64_t bytes = 0;
 };
@@ -37,6 +41,10 @@ struct BackwardWorkspace {
   Buffer a_scaled;  // (R_cap, n)   likewise
   Buffer partials;  // (R_cap, P)   accumulator type
   Buffer dx_rows;   // (R_cap, d or fewer)  empty when dispatched: dX~ is dX
+  Buffer u1;        // (R_cap, r1)
+  Buffer u2;        // (R_cap, r2)  S_r U2_r
+  Buffer v1;        // (R_cap, r1)
+  Buffer v2;        // (R_cap, r2)
   Buffer scratch;   //
   int64_t bytes = 0;
 };

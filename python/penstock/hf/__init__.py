@@ -13,7 +13,8 @@ Needs transformers 5.14 or newer only where its registry is used: patch() goes b
 
 from __future__ import annotations
 
+from penstock.hf._convert import CONVERTERS
 from penstock.hf._patch import Report, Row, patch, unpatch
 from penstock.hf._registry import register
 
-__all__ = ["Report", "Row", "patch", "register", "unpatch"]
+__all__ = ["CONVERTERS", "Report", "Row", "patch", "register", "unpatch"]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from penstock import functional
 from penstock.errors import UnsupportedError
+from penstock.hf._freeze import trainable_of
 from penstock.hf._structure import Layout, Refusal, read_layout
 
-_ATTRIBUTE = "_penstock_layout"
+_LAYOUT = "_penstock_layout"
 
 
 def experts_forward(
@@ -32,15 +33,31 @@ def experts_forward(
     """
     layout = layout_of(module)
     dtype = compute_dtype(hidden_states)
-    rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
-    w1, w2, b1, b2 = weights = parameters_of(module, layout, dtype)
-    gate = layout.gate
+    weights = parameters_of(module, layout, dtype)
+    routing = (top_k_index, top_k_weights)
+    return run_experts(hidden_states, routing, weights, layout, trainable_of(module))
+
+
+def run_experts(
+    hidden_states: Tensor,
+    routing: tuple[Tensor, Tensor],
+    weights: list[Tensor | None],
+    layout: Layout,
+    trainable: Tensor | None,
+) -> Tensor:
+    """experts_forward of weights (w1, w2, b1, b2) in the dtype of the products.
+
+    routing: top_k_index and top_k_weights; trainable: as functional.moe_experts takes it.
+    """
+    w1, w2, b1, b2 = weights
+    gate, dtype = layout.gate, compute_dtype(hidden_states)
+    ids, scores = routing
     output = functional.moe_experts(
-        rows,
+        hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype),
         w1,
         w2,
-        scores_of(top_k_weights, dtype),
-        top_k_index,
+        scores_of(scores, dtype),
+        ids,
         b1=b1,
         b2=b2,
         activation=gate.activation,
@@ -48,6 +65,7 @@ def experts_forward(
         weight_order=layout.weight_order,
         clamp_alpha=gate.clamp_alpha,
         clamp_limit=gate.clamp_limit,
+        trainable=trainable,
         main_grad=any(hasattr(weight, "main_grad") for weight in weights if weight is not None),
     )
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
@@ -57,9 +75,14 @@ def parameters_of(module: nn.Module, layout: Layout, dtype: torch.dtype) -> list
     """w1, w2, b1, b2 of the module, cast only where autocast asks for another dtype."""
     names = [layout.up, "down_proj"]
     names += [name + "_bias" if layout.bias else None for name in names]
-    autocast = torch.is_autocast_enabled(getattr(module, layout.up).device.type)
     tensors: list[Any] = [None if name is None else getattr(module, name) for name in names]
-    return [t.to(dtype) if autocast and t is not None else t for t in tensors]
+    return under_autocast(tensors, dtype)
+
+
+def under_autocast(weights: list[Any], dtype: torch.dtype) -> list[Tensor | None]:
+    """The weights, cast where autocast is on; elsewhere a mix of dtypes stays an error."""
+    autocast = torch.is_autocast_enabled(weights[0].device.type)
+    return [t.to(dtype) if autocast and t is not None else t for t in weights]
 
 
 def compute_dtype(hidden_states: Tensor) -> torch.dtype:
@@ -77,7 +100,7 @@ def scores_of(top_k_weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 def layout_of(module: nn.Module) -> Layout:
     """The module's layout, read at its first call and kept; UnsupportedError where it has none."""
-    layout = module.__dict__.get(_ATTRIBUTE)
+    layout = module.__dict__.get(_LAYOUT)
     return layout if layout is not None else _read(module)
 
 
@@ -96,10 +119,10 @@ def _read(module: nn.Module) -> Layout:
 
 def remember(module: nn.Module, layout: Layout) -> Layout:
     """Keep the layout on the module."""
-    module.__dict__[_ATTRIBUTE] = layout
+    module.__dict__[_LAYOUT] = layout
     return layout
 
 
 def forget(module: nn.Module) -> None:
     """Remove what remember() kept."""
-    module.__dict__.pop(_ATTRIBUTE, None)
+    module.__dict__.pop(_LAYOUT, None)

@@ -51,14 +51,8 @@ _GATED: dict[str, Callable[[Tensor], Tensor]] = {
 def recognise_gated(module: nn.Module) -> Gate | None:
     """The gate that `module._apply_gate` computes, or None where the engine has none like it."""
     numbers = _numbers(module)
-    radius = max([GRID_RADIUS, *(1.5 * number for number in numbers if number < 1e3)])
-    gate, up = _grid(radius)
-    expected = {Gate(name): function(gate) * up for name, function in _GATED.items()} | {
-        Gate("swiglu_clamped", clamp_alpha=alpha, clamp_limit=limit): _clamped(
-            gate, up, alpha, limit
-        )
-        for alpha, limit in _pairs(numbers)
-    }
+    gate, up = _grid(_radius(numbers))
+    expected = _gated(gate, up, numbers)
     for layout, operand in (
         ("concatenated", torch.cat((gate, up), dim=-1)),
         ("interleaved", torch.stack((gate, up), dim=-1).flatten(-2)),
@@ -78,6 +72,46 @@ def recognise_plain(function: Callable[[Tensor], Tensor]) -> Gate | None:
         if got is not None and _agree(got, candidate(x)):
             return Gate(name)
     return None
+
+
+def recognise_projections(expert: nn.Module, linears: list[nn.Linear]) -> Gate | None:
+    """The activation between the Linears that `expert` calls, or None.
+
+    linears: the expert's own, float64, of d = n: gate, up and down, or up and down.
+    """
+    numbers = _numbers(expert)
+    size = (GRID_POINTS, linears[0].in_features)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+    x *= _radius(numbers) / 2
+    *ups, down = linears
+    with torch.no_grad():
+        h = [linear(x) for linear in ups]
+        if len(h) == 2:
+            expected = _gated(h[0], h[1], numbers)
+        elif len(h) == 1:
+            expected = {Gate(name): function(h[0]) for name, function in _PLAIN.items()}
+        else:
+            return None
+        got = _evaluate(expert, x)
+        for candidate, value in expected.items():
+            if got is not None and _agree(got, down(value)):
+                return candidate
+    return None
+
+
+def _gated(gate: Tensor, up: Tensor, numbers: list[float]) -> dict[Gate, Tensor]:
+    """What each of the engine's gated activations makes of gate and up."""
+    return {Gate(name): function(gate) * up for name, function in _GATED.items()} | {
+        Gate("swiglu_clamped", clamp_alpha=alpha, clamp_limit=limit): _clamped(
+            gate, up, alpha, limit
+        )
+        for alpha, limit in _pairs(numbers)
+    }
+
+
+def _radius(numbers: list[float]) -> float:
+    return max([GRID_RADIUS, *(1.5 * number for number in numbers if number < 1e3)])
 
 
 def _grid(radius: float) -> tuple[Tensor, Tensor]:

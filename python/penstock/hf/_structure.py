@@ -9,7 +9,7 @@ and are none of our business: they stay the family's own. Used by _patch.py and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,19 +45,26 @@ class Refusal(NamedTuple):
     reason: str
 
 
-def find_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that hold the experts of a layer, readable by the engine or not."""
+def find_experts(
+    model: nn.Module, converted: Container[str] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules that hold the experts of a layer, readable by the engine or not.
+
+    converted: names of classes that hold a list of experts, whatever they look like.
+    """
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
             continue
-        if _holds_experts(name, module):
+        if type(module).__name__ in converted or _holds_experts(name, module):
             inside.update(module.modules())
             yield name, module
 
 
 def read_layout(module: nn.Module) -> Layout | Refusal:
     """The layout of one experts module, or why the engine cannot take its place."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return Refusal("its experts are a list of modules, and `convert` names no class for it")
     missing = [name for name in ("has_bias", "is_transposed") if not hasattr(module, name)]
     if missing:
         return Refusal(

@@ -41,7 +41,6 @@ Device device_of(const RouterForwardArgs& args) { return args.logits.device; }
 Device device_of(const RouterBackwardArgs& args) { return args.dlogits.device; }
 Device device_of(const PlanArgs& args) { return args.routing.ids.device; }
 Device device_of(const CombineArgs& args) { return args.output.device; }
-Device device_of(const GradientBesideCombineArgs& args) { return args.combine.output.device; }
 // Every other operation works on rows.
 template <typename Args>
 Device device_of(const Args& args) {
@@ -108,7 +107,6 @@ std::string why_not(const ExpertsProblem& problem) {
     return "hidden_size " + std::to_string(problem.hidden_size) + " and intermediate_size " +
            std::to_string(problem.intermediate_size) + " must be multiples of 8";
   }
-  if (problem.adapter_rank != 0) return "adapters are computed on the CPU only";
   if (problem.num_experts > kMaxExperts) {
     return "num_experts " + std::to_string(problem.num_experts) + " is above " +
            std::to_string(kMaxExperts);
@@ -153,8 +151,6 @@ const Backend kBackend = {
     .score_gradient = on_device<score_gradient, ScoreGradientArgs>,
     .up_backward = on_device<launch_up_backward, UpBackwardArgs>,
     .weight_gradient = on_device<launch_weight_gradient, WeightGradientArgs>,
-    .weight_gradient_beside_combine =
-        on_device<launch_weight_gradient_beside_combine, GradientBesideCombineArgs>,
     .bias_gradient = on_device<bias_gradient, BiasGradientArgs>,
 };
 

@@ -9,7 +9,7 @@
 namespace penstock::cuda {
 
 // Raised whenever Backend, an argument struct or a view changes its layout.
-inline constexpr int kBackendAbi = 3;
+inline constexpr int kBackendAbi = 4;
 inline constexpr char kBackendSymbol[] = "penstock_cuda_backend";
 
 using BackendEntry = const Backend* (*)(int abi);

@@ -108,8 +108,54 @@ def test_frozen_experts_get_no_gradient_work():
     with Calls() as record:
         got = grads(model, ids)
     assert not any("experts." in name for name in got)
+    # The last pass over a graph, which may write over what was kept.
     wanted = [arguments[17] for arguments in record.of("experts_backward_over_h")]
     assert wanted == [[True, True] + 6 * [False]] * 2  # x and the scores, no weight
+
+
+def test_single_experts_are_frozen_by_name_or_pattern():
+    ids = tokens()
+    expected = grads(patched(), ids)
+    model = tiny_model("qwen3_moe").train()
+    names = {"*": [0], "model.layers.1.mlp.experts": [3, 5]}
+    report = penstock.hf.patch(model, frozen=names)
+    assert [row.detail[-8:] for row in report.rows] == ["1 frozen", "3 frozen"]
+    assert model.state_dict().keys() == tiny_model("qwen3_moe").state_dict().keys()
+    got = grads(model, ids)
+    for layer, frozen in enumerate(([0], [0, 3, 5])):
+        name = f"model.layers.{layer}.mlp.experts.down_proj"
+        trained = [expert for expert in range(8) if expert not in frozen]
+        assert not got[name][frozen].any()
+        assert torch.equal(got[name][trained], expected[name][trained])
+    penstock.hf.patch(model)  # the latest call's hold
+    assert all(torch.equal(grad, expected[name]) for name, grad in grads(model, ids).items())
+
+
+def test_frozen_slices_of_a_main_grad_keep_their_bits():
+    model = tiny_model("qwen3_moe")
+    penstock.hf.patch(model, frozen={"*": [2]})
+    for experts in experts_of(model):
+        for parameter in experts.parameters():
+            parameter.main_grad = torch.full_like(parameter, 7.0)
+    grads(model, tokens())
+    for experts in experts_of(model):
+        assert all((p.main_grad[2] == 7).all() for p in experts.parameters())
+        assert not any((p.main_grad == 7).all() for p in experts.parameters())
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        ({"*.expert": [0]}, "matches no experts module.*such as 'model.layers.0.mlp.experts'"),
+        ({"*": [0, 8]}, r"frozen\['\*'\]: got 8, expected ids in \[0, 8\)"),
+        ({"*": [-1]}, r"got -1, expected ids"),
+    ],
+)
+def test_frozen_experts_that_are_not_there_are_an_error(frozen, message):
+    model = tiny_model("mixtral")
+    with pytest.raises(ValueError, match=message):
+        penstock.hf.patch(model, frozen=frozen)
+    assert penstock.hf.unpatch(model) == 0
 
 
 def test_main_grads_accumulate_in_fp32():

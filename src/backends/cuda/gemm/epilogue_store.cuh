@@ -2,9 +2,9 @@
 //
 // Store: out_r = C_r + b_e, rounded once.
 //
-// StoreEpilogue stores the tile's own type and loads the bias where there is one: the down-projection,
-// dX~. StoreWideEpilogue stores fp32: the router's logits, whose E columns need not be a multiple of
-// anything.
+// StoreEpilogue stores the tile's own type and loads the bias where there is one: the
+// down-projection, dX~. StoreWideEpilogue stores fp32: the router's logits, whose E columns need
+// not be a multiple of anything.
 #pragma once
 
 #include "backends/cuda/gemm/warp_store.cuh"
@@ -106,6 +106,8 @@ struct StoreEpilogue {
                         {work.rows - place.row, params.columns - work.n - first}, 0, slot);
           });
     }
+    // In the place of the copy that would make the number of slots even.
+    if constexpr (TileType::kN / 64 % 2 == 1) arch::bulk_commit();
   }
 };
 

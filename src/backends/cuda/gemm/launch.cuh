@@ -30,18 +30,18 @@ inline constexpr DType kDTypeOf = DType::bfloat16;
 template <>
 inline constexpr DType kDTypeOf<__half> = DType::float16;
 
-// `tiles` is an upper bound; a CTA without a tile ends at once. `company` CTAs come on top.
+// `tiles` is an upper bound; a CTA without a tile ends at once.
 template <typename G>
 void launch(const char* name, const typename G::Params& params, int64_t tiles,
-            const Context& context, int64_t company = 0) {
+            const Context& context) {
   if (tiles == 0) return;
   constexpr int64_t kCluster = G::Tile::kCluster;
   const auto kernel = grouped_gemm<G>;
   check(name,
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes));
-  const int64_t most = std::max((multiprocessors(context) - company) / kCluster, int64_t{1});
+  const int64_t most = std::max(multiprocessors(context) / kCluster, int64_t{1});
   const int64_t clusters = std::min((tiles + kCluster - 1) / kCluster, most);
-  const auto ctas = static_cast<unsigned>(clusters * kCluster + company);
+  const auto ctas = static_cast<unsigned>(clusters * kCluster);
   launch_dependent({name, dim3(ctas), G::Tile::kThreads, G::kSharedBytes, kCluster}, context,
                    kernel, params);
 }
@@ -163,33 +163,43 @@ struct RowProblem {
   WeightOperand b;
   Groups groups;
   int64_t row_capacity;
+  LowRankTerm low_rank = {};
 };
+
+// Fills in what the producer reads; returns the k tiles of one output tile.
+template <typename TileType>
+int32_t set_operands(const RowProblem& problem, int32_t columns, RowOperands& operands) {
+  operands = row_operands<TileType>(problem.a, problem.b, columns);
+  return static_cast<int32_t>(operands.k_tiles * problem.a.halves);
+}
 
 template <typename G, int kColumns>
 void launch_rows(const RowProblem& problem, const typename G::Epilogue::Params& epilogue,
                  const Context& context) {
   if (problem.row_capacity == 0) return;
   typename G::Params params = {};
-  params.operands = row_operands<typename G::Tile>(problem.a, problem.b, kColumns);
+  const int32_t k_tiles = set_operands<typename G::Tile>(problem, kColumns, params.operands);
   const int64_t n_tiles = (problem.b.n_extent + kColumns - 1) / kColumns;
-  params.schedule = {problem.groups, static_cast<int32_t>(n_tiles), kColumns,
-                     static_cast<int32_t>(params.operands.k_tiles * problem.a.halves)};
+  params.schedule = {problem.groups, static_cast<int32_t>(n_tiles), kColumns, k_tiles};
   params.epilogue = epilogue;
   const int64_t m_tiles =
       row_tiles_bound(problem.row_capacity, problem.groups.num_experts, G::Tile::kM);
   launch<G>(problem.name, params, m_tiles * n_tiles, context);
 }
 
-// Calls launcher.template run<TileM, Major>() for the tile and weight order of the problem.
+// Calls launcher.template run<TileM, kMajor>() for the tile of the problem.
+template <Major kMajor, typename Launcher>
+void with_token_tile(const RowProblem& problem, const Launcher& launcher) {
+  if (token_tile(problem.row_capacity, problem.groups.num_experts) == 64)
+    return launcher.template run<64, kMajor>();
+  return launcher.template run<128, kMajor>();
+}
+
+// The same for the problem's weight order as well.
 template <typename Launcher>
 void with_row_tile(const RowProblem& problem, const Launcher& launcher) {
-  const Major major = problem.b.major();
-  if (token_tile(problem.row_capacity, problem.groups.num_experts) == 64) {
-    return major == Major::k ? launcher.template run<64, Major::k>()
-                             : launcher.template run<64, Major::mn>();
-  }
-  return major == Major::k ? launcher.template run<128, Major::k>()
-                           : launcher.template run<128, Major::mn>();
+  return problem.b.major() == Major::k ? with_token_tile<Major::k>(problem, launcher)
+                                       : with_token_tile<Major::mn>(problem, launcher);
 }
 
 // CTAs of a cluster over row tiles of kTileM: 64 rows are too few to share weights over.

@@ -4,13 +4,14 @@
 // both halves of the reduced axis. They share their kernels, which the router's dX uses as well.
 #pragma once
 
+#include "backends/cuda/gemm/adapted_products.h"
 #include "backends/cuda/gemm/epilogue_store.cuh"
 #include "backends/cuda/gemm/launch.cuh"
 #include "backends/cuda/gemm/store_products.h"
 
 namespace penstock::cuda {
 
-template <typename Element>
+template <typename Element, template <typename, int> class Producer>
 struct StoreLauncher {
   const RowProblem& problem;
   const StoreOutput& output;
@@ -18,9 +19,8 @@ struct StoreLauncher {
 
   template <int kTileM, Major kMajor>
   void run() const {
-    using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
-    using G = RowGemm<TileType, 1, ContiguousRows, StoreEpilogue<TileType>>;
+    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
+    using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
     launch_rows<G, kWideTileN>(problem,
                                {row_target<Element>("output rows", output.out, 1),
                                 {bias_of(output.bias), output.scale, rows_of(output.addend)},
@@ -33,7 +33,9 @@ template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
   if (output.addend.present())
     require_vectors("addend", output.addend.data, {output.addend.stride(0)});
-  with_row_tile(problem, StoreLauncher<Element>{problem, output, context});
+  if (problem.low_rank.present()) return adapted_store_rows<Element>(problem, output, context);
+  if (problem.b.n_extent <= kThinTileN) return thin_rows<Element>(problem, output, context);
+  with_row_tile(problem, StoreLauncher<Element, ContiguousRows>{problem, output, context});
 }
 
 template <typename Element>
@@ -54,7 +56,8 @@ void down_projection(const DownProjectionArgs& args, const Context& context) {
                         n,
                         w.col_stride},
                        groups_of(args.rows),
-                       args.rows.row_capacity},
+                       args.rows.row_capacity,
+                       args.low_rank},
                       {args.y, args.weights.b, nullptr}, context);
 }
 
@@ -77,7 +80,8 @@ void up_backward(const UpBackwardArgs& args, const Context& context) {
         n,
         w.w[0].row_stride},
        groups_of(args.rows),
-       args.rows.row_capacity},
+       args.rows.row_capacity,
+       args.low_rank},
       {args.dx_rows, {}, nullptr}, context);
 }
 

@@ -18,5 +18,9 @@ struct StoreOutput {
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context);
+// The same, rows gathered or not, into at most kThinTileN columns, for which a wide tile would
+// multiply mostly zeros: the factors of adapters.
+template <typename Element>
+void thin_rows(const RowProblem& problem, const StoreOutput& output, const Context& context);
 
 }  // namespace penstock::cuda

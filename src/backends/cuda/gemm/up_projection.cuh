@@ -3,12 +3,14 @@
 // H_r = X_{token(r)} W1_e^T + b1_e, A_r = act(H_r): gathered rows, one B tile of gate and up rows.
 #pragma once
 
+#include "backends/cuda/gemm/adapted_products.h"
 #include "backends/cuda/gemm/epilogue_up.cuh"
 #include "backends/cuda/gemm/launch.cuh"
+#include "backends/cuda/gemm/store_products.h"
 
 namespace penstock::cuda {
 
-template <typename Element, Gating kGating>
+template <typename Element, Gating kGating, template <typename, int> class Producer>
 struct UpProjectionLauncher {
   const RowProblem& problem;
   const UpEpilogueParams& epilogue;
@@ -17,10 +19,11 @@ struct UpProjectionLauncher {
   template <int kTileM, Major kMajor>
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-    using TileType =
-        Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
-    using G = RowGemm<TileType, kHalves, GatheredRows, UpEpilogue<TileType, kGating>>;
-    launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
+    // Of one warpgroup's wide tile ptxas would have all of a plain activation under way, and spill.
+    constexpr int kTileN = kTileM == 64 && kGating == Gating::plain ? kWideTileN / 2 : kWideTileN;
+    using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor, kRowCluster<kTileM>>;
+    using G = RowGemm<TileType, kHalves, Producer, UpEpilogue<TileType, kGating>>;
+    launch_rows<G, kTileN / kHalves>(problem, epilogue, context);
   }
 };
 
@@ -43,18 +46,22 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
                                args.x.size(1),
                                w.w[0].col_stride},
                               groups_of(args.rows),
-                              args.rows.row_capacity};
+                              args.rows.row_capacity,
+                              args.low_rank};
   const UpEpilogueParams epilogue = {row_target<Element>("h", args.h, w.halves),
                                      row_target<Element>("a", args.a, 1),
                                      {bias_of(w.b[0]), bias_of(w.b[1])},
                                      activation_of(args.activation),
                                      static_cast<int32_t>(n)};
+  if (args.low_rank.present()) return adapted_up_projection<Element>(problem, epilogue, context);
+  if (!args.a.present() && w.halves == 1 && n <= kThinTileN)
+    return thin_rows<Element>(problem, {args.h, w.b[0], nullptr}, context);
   if (w.halves == 2) {
-    with_row_tile(problem,
-                  UpProjectionLauncher<Element, Gating::gated>{problem, epilogue, context});
+    with_row_tile(problem, UpProjectionLauncher<Element, Gating::gated, GatheredRows>{
+                               problem, epilogue, context});
   } else {
-    with_row_tile(problem,
-                  UpProjectionLauncher<Element, Gating::plain>{problem, epilogue, context});
+    with_row_tile(problem, UpProjectionLauncher<Element, Gating::plain, GatheredRows>{
+                               problem, epilogue, context});
   }
 }
 

@@ -74,38 +74,24 @@ TEST(WhyNotShape, RefusesOnlyTheLayoutWithoutAContiguousAxis) {
   EXPECT_EQ(why_not_shape(problem), "");
 }
 
+TEST(WhyNotAdapters, NamesWhatItRefuses) {
+  ExpertsProblem problem = problem_of_size(64, 64);
+  problem.config.weight_order = WeightOrder::input_major;
+  EXPECT_EQ(why_not_adapters(problem), "");  // there are none
+  problem.adapter_ranks = {16, 0};
+  EXPECT_NE(why_not_adapters(problem).find("input_major"), std::string::npos);
+  problem.config.weight_order = WeightOrder::output_major;
+  EXPECT_EQ(why_not_adapters(problem), "");
+  problem.adapter_ranks = {16, 12};
+  EXPECT_NE(why_not_adapters(problem).find("rank 12"), std::string::npos);
+  problem.adapter_ranks = {4, 16};
+  EXPECT_NE(why_not_adapters(problem).find("rank 4"), std::string::npos);
+}
+
 TEST(ScorePartials, AreOneATile) {
   EXPECT_EQ(score_partials_of(8), 1);
   EXPECT_EQ(score_partials_of(256), 1);
   EXPECT_EQ(score_partials_of(264), 2);
-}
-
-// T, d, n, E, K of tests/cases/shapes.json, gated.
-BesideSizes sizes_of(int64_t tokens, int64_t d, int64_t n, int64_t experts, int64_t top_k) {
-  return {tokens * top_k, tokens, d, 2 * n, experts};
-}
-
-TEST(CombineCtas, AreAPairwiseShareWhereTheWeightGradientIsBoundByProducts) {
-  const BesideSizes fine = sizes_of(24576, 1536, 256, 128, 8);
-  const BesideSizes coarse = sizes_of(32768, 2048, 1024, 64, 8);
-  EXPECT_GE(combine_ctas(fine, 132), 14);
-  EXPECT_LE(combine_ctas(fine, 132), 24);
-  EXPECT_GE(combine_ctas(coarse, 132), 4);
-  EXPECT_LE(combine_ctas(coarse, 132), 10);
-  for (const int64_t multiprocessors : {16, 64, 114, 131, 132}) {
-    for (const BesideSizes& sizes : {fine, coarse}) {
-      EXPECT_EQ(combine_ctas(sizes, multiprocessors) % 2, 0);
-      EXPECT_LE(combine_ctas(sizes, multiprocessors), multiprocessors / 4);
-    }
-  }
-}
-
-TEST(CombineCtas, AreNoneWhereNothingIsGained) {
-  // Writing the gradients of hardly used weights is bound by memory, as a combine is.
-  EXPECT_EQ(combine_ctas(sizes_of(1024, 2048, 1024, 64, 8), 132), 0);
-  EXPECT_EQ(combine_ctas(sizes_of(1, 2048, 1024, 64, 8), 132), 0);
-  EXPECT_EQ(combine_ctas(sizes_of(0, 2048, 1024, 64, 8), 132), 0);
-  EXPECT_EQ(combine_ctas(sizes_of(24576, 1536, 256, 128, 8), 7), 0);
 }
 
 TEST(RouterScratch, HoldsEveryPieceApart) {
