@@ -54,6 +54,8 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
     uniform = [row for row in whole if row.get("load", "uniform") == "uniform"]
     recomputing = [row for row in uniform if row["save"] == "input" and row["impl"] == OURS]
     uniform = [row for row in uniform if row["save"] != "input"]
+    low_memory = [row for row in uniform if row.get("order") == "low_memory"]
+    uniform = [row for row in uniform if row.get("order") != "low_memory"]
     found = _against_the_yardstick(uniform, bars)
     ours = {row["shape"]["name"]: row for row in uniform if row["impl"] == OURS}
     for name, row in ours.items():
@@ -63,6 +65,9 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
         if row["impl"] == OURS and load != "uniform" and name in ours:
             ratio = row["total_ms"] / ours[name]["total_ms"]
             found.append(Bar(f"{name} load {load} / uniform", ratio, bars["skew_over_uniform"]))
+    for row in low_memory:
+        if row["impl"] == OURS and row["shape"]["name"] in ours:
+            found += _of_low_memory(row, ours[row["shape"]["name"]], bars)
     for row in recomputing:
         name = row["shape"]["name"]
         if name in bars["kept_under_input_mib"]:
@@ -118,6 +123,16 @@ def _of_one_shape(name: str, row: Row, bars: dict[str, Any]) -> list[Bar]:
         limit = bars["peak_beyond_results_mib"][name]
         found.append(Bar(f"{name} peak - gradients - O, MiB", beyond / MIB, limit))
     return found
+
+
+def _of_low_memory(row: Row, fast: Row, bars: dict[str, Any]) -> list[Bar]:
+    name = row["shape"]["name"]
+    low, whole = (r["peak_beyond_results"] - _output_bytes(r) for r in (row, fast))
+    time = row["total_ms"] / fast["total_ms"]
+    return [
+        Bar(f"{name} low memory / fast, peak", low / whole, bars["low_memory_peak_over_fast"]),
+        Bar(f"{name} low memory / fast, time", time, bars["low_memory_step_over_fast"]),
+    ]
 
 
 def _output_bytes(row: Row) -> int:

@@ -6,7 +6,7 @@
 #   scripts/gpu_check.sh tests       the GPU's tests through torch (and C++, where they are built)
 #   scripts/gpu_check.sh sanitize    compute-sanitizer's four tools on tests/cases/sanitize.json
 #   scripts/gpu_check.sh bench       the published shapes beside cuBLAS and torch; rows and a picture
-#   scripts/gpu_check.sh skew        uneven loads, H computed again, and decoding
+#   scripts/gpu_check.sh skew        uneven loads, H computed again, the low-memory order, decoding
 #   scripts/gpu_check.sh profile     every launch of a step on three shapes
 #   scripts/gpu_check.sh all         all of them
 #
@@ -63,6 +63,8 @@ part_skew() {
   done
   run save-input bench --shape 7B-n256 --peers penstock --save input \
     --json "$folder/gpu-save-input.jsonl"
+  run low-memory bench --shape 7B-n256 --shape 30B-n256 --shape 120B-n1024 --peers penstock \
+    --order low_memory --json "$folder/gpu-low-memory.jsonl"
   run decode bench --shape olmoe --shape qwen3-next --peers penstock --tokens 1,8,32,128 \
     --json "$folder/gpu-decode.jsonl"
 }

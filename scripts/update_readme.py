@@ -147,8 +147,9 @@ def gpu_table(rows: list[Row]) -> str:
 
 def updated(readme: str, rows: list[Row]) -> str:
     """README with its tables made anew."""
-    on_gpu = [row for row in rows if row["device"] == "cuda"]
-    on_cpu = [row for row in rows if row["device"] != "cuda"]
+    fast = [row for row in rows if row.get("order", "fast") == "fast"]
+    on_gpu = [row for row in fast if row["device"] == "cuda"]
+    on_cpu = [row for row in fast if row["device"] != "cuda"]
     readme = replaced(readme, "bench", table(on_cpu) if on_cpu else "")
     return replaced(readme, "bench-gpu", gpu_table(on_gpu) if on_gpu else "")
 

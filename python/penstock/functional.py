@@ -32,6 +32,7 @@ __all__ = [
     "Saved",
     "Weights",
     "experts_on_rows",
+    "logits_and_input",
     "moe_experts",
     "moe_experts_backward",
     "moe_experts_forward",

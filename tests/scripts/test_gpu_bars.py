@@ -74,6 +74,22 @@ def test_a_row_that_computes_h_again_is_held_against_its_memory_alone():
     assert bars["7B-n256 step / cublas (SonicMoE's)"].figure == pytest.approx(1.5)
 
 
+def test_the_low_memory_order_is_held_against_the_fast_one():
+    output = 24576 * 1536 * 2
+    low = {"order": "low_memory", "peak_beyond_results": output + (1 << 28)}
+    fast = {"order": "fast", "peak_beyond_results": output + (1 << 29)}
+    bars = found(
+        row("7B-n256", "penstock", 3.0, **fast),
+        row("7B-n256", "cublas", 2.0),
+        row("7B-n256", "penstock", 3.3, **low),
+    )
+    peak, time = "7B-n256 low memory / fast, peak", "7B-n256 low memory / fast, time"
+    assert bars[peak] == Bar(peak, pytest.approx(0.5), 0.65)
+    assert bars[time] == Bar(time, pytest.approx(1.1), 1.05)
+    assert bars["7B-n256 step / cublas (SonicMoE's)"].figure == pytest.approx(1.5)
+    assert bars["7B-n256 peak - gradients - O, MiB"].figure == pytest.approx(512)
+
+
 def test_a_profile_counts_launches_and_weighs_routing():
     launches = [{"name": "top-k", "microseconds": 10.0}, {"name": "plan", "microseconds": 20.0}]
     profile = {"pass": "profile", "impl": "penstock", "shape": {**SHAPES["olmoe"], "name": "olmoe"},

@@ -50,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save", choices=("preactivation", "input"), default="preactivation",
         help="what Penstock keeps for backward (default: preactivation)",
     )  # fmt: skip
+    parser.add_argument(
+        "--order", choices=("fast", "low_memory"), default="fast",
+        help="of Penstock's launches (default: fast)",
+    )  # fmt: skip
     parser.add_argument("--backend", default="", help="of Penstock (default: the device's first)")
     parser.add_argument(
         "--peers", default="", help="only these, by comma: penstock,torch-loop,torch-grouped, and "
@@ -118,7 +122,15 @@ def _run(args: argparse.Namespace) -> int:
     console = Console()
     dtype = args.dtype or DEFAULT_DTYPES[args.device]
     problems = [
-        Problem(shape, DTYPES.get(dtype, dtype), args.device, args.save, args.backend, threads)
+        Problem(
+            shape,
+            DTYPES.get(dtype, dtype),
+            args.device,
+            args.save,
+            args.backend,
+            threads,
+            args.order,
+        )
         for shape in shapes
     ]
     if args.device == "cuda":
@@ -199,7 +211,9 @@ def _own_facts(problem: Any, tensors: Any) -> dict[str, Any]:
     with backend(problem.backend, threads=problem.threads):
         chosen = chosen_backend(sizes, dtype=problem.dtype, device=problem.device)
         formula = {
-            which: functional.workspace_bytes(sizes, which, **settings, device=problem.device)
+            which: functional.workspace_bytes(
+                sizes, which, **settings, order=problem.order, device=problem.device
+            )
             for which in ("forward", "backward")
         }
     with watch_workspaces() as log:

@@ -21,6 +21,7 @@ class Problem(NamedTuple):
     save: str = "preactivation"
     backend: str = ""  # of Penstock; "" leaves the choice to the device
     threads: int = 0
+    order: str = "fast"  # of Penstock's launches
 
 
 class Tensors(NamedTuple):

@@ -38,6 +38,7 @@ def make_row(problem: Problem, impl: str, facts: dict[str, Any]) -> dict[str, An
         "device": problem.device,
         "dtype": problem.dtype,
         "save": problem.save,
+        "order": problem.order,
         "impl": impl,
         **facts,
     }

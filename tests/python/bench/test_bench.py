@@ -17,9 +17,9 @@ from penstock.bench.verify import verify
 
 SMALL = Shape("small", 40, 32, 16, 6, 2)
 KEYS = {
-    "shape", "device", "dtype", "save", "impl", "cpu", "threads", "torch", "commit", "verified",
-    "forward_ms", "backward_ms", "total_ms", "total_ms_quartiles", "gflops", "kept_bytes",
-    "peak_bytes", "rel_l2", "rel_l2_full", "ratio_to",
+    "shape", "device", "dtype", "save", "order", "impl", "cpu", "threads", "torch", "commit",
+    "verified", "forward_ms", "backward_ms", "total_ms", "total_ms_quartiles", "gflops",
+    "kept_bytes", "peak_bytes", "rel_l2", "rel_l2_full", "ratio_to",
 }  # fmt: skip
 OWN_KEYS = {"backend", "kept_bytes_formula", "workspace_bytes", "workspace_bytes_formula"}
 

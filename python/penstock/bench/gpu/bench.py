@@ -151,7 +151,9 @@ def memory_by_formula(problem: Problem) -> Row:
     sizes, settings = problem.shape.sizes, {"dtype": problem.dtype, "save": problem.save}
     passes = ("forward", "backward")
     workspaces = [
-        functional.workspace_bytes(sizes, which, **settings, device=problem.device)
+        functional.workspace_bytes(
+            sizes, which, **settings, order=problem.order, device=problem.device
+        )
         for which in passes
     ]
     return {

@@ -26,9 +26,11 @@ def forward(problem: Problem, tensors: Tensors) -> Any:
     from penstock import backend, functional
 
     with backend(problem.backend, threads=problem.threads):
-        logits = functional.router_logits(tensors.x, tensors.router_weight)
+        logits, x = functional.logits_and_input(tensors.x, tensors.router_weight)
         routing = functional.route(logits, problem.shape.top_k)
-        return functional.moe_experts(tensors.x, tensors.w1, tensors.w2, routing, save=problem.save)
+        return functional.moe_experts(
+            x, tensors.w1, tensors.w2, routing, save=problem.save, order=problem.order
+        )
 
 
 PEER = Peer("penstock", why_not, forward)
