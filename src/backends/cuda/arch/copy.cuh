@@ -61,24 +61,6 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Brings one box of a 3-D tensor into L2.
-__device__ __forceinline__ void tma_prefetch(const CUtensorMap* map, Coordinates at) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(
-                   reinterpret_cast<uint64_t>(map)),
-               "r"(at.c0), "r"(at.c1), "r"(at.c2)
-               : "memory");
-}
-
-// `bytes` (a multiple of 16) from a 16-byte aligned address; they count towards the barrier.
-__device__ __forceinline__ void bulk_load(uint32_t destination, const void* source, uint32_t bytes,
-                                          uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(destination),
-      "l"(source), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-
 // 16 bytes, or 16 zero bytes when `bytes` is 0 (the source is then not read). A row is read 128
 // bytes a stage, so the other half of a 256-byte line will be wanted next.
 __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source,

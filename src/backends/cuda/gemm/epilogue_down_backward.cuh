@@ -44,16 +44,6 @@ struct DownBackwardEpilogue {
     static constexpr int kBytes = kHalves * kPartBytes;
     const Params& params;
 
-    // H into L2 while the products run, so that the loads below do not meet those of all other CTAs
-    // in DRAM: tiles end at about the same time everywhere, and 132 times 128 KB take 4 us.
-    __device__ void prefetch(const Work& work) const {
-#pragma unroll
-      for (int part = 0; part < kStages * kHalves; ++part) {
-        arch::tma_prefetch(&params.h, {work.n + part / kHalves * 64, part % kHalves,
-                                       static_cast<int32_t>(work.row_begin)});
-      }
-    }
-
     __device__ void load(const Work& work, int stage, uint32_t destination,
                          uint32_t barrier) const {
 #pragma unroll

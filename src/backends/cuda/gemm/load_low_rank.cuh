@@ -32,9 +32,6 @@ struct WithLowRank {
     typename RingType::State state;
     Work work;
     while (schedule.next(work)) {
-      if constexpr (Operand::kStages > 0) {
-        if (threadIdx.x == 0) operand.prefetch(work);
-      }
       Base::fill(params.base, work, work.k_tiles - params.term.k_tiles, ring, state);
       fill_term(params.term, work, ring, state);
       fill_operand(operand, work, ring, state);

@@ -109,9 +109,6 @@ struct GatheredRows {
     typename RingType::State state;
     Work work;
     while (schedule.next(work)) {
-      if constexpr (Operand::kStages > 0) {
-        if (threadIdx.x == 0) operand.prefetch(work);
-      }
       fill(params, work, work.k_tiles, ring, state);
       fill_operand(operand, work, ring, state);
     }
