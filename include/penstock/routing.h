@@ -213,6 +213,8 @@ struct RouterLogitsBackwardArgs {
   TensorView dx;              // (T, d)  out, absent: not wanted
   TensorView drouter_weight;  // (E, d)  out, dtype of x or fp32, absent: not wanted
   Workspace workspace;
+  TensorView addend = {};  // (T, d)  dtype of x, last stride 1, added to dx before its rounding:
+                           // the gradient of x by its other uses; absent: none
 };
 PENSTOCK_API void router_logits_backward(const RouterLogitsBackwardArgs& args,
                                          const Context& context);

@@ -2,19 +2,20 @@
 """The little that the engine's callers need to know about NumPy arrays and torch tensors.
 
 Two classes of static functions with the same names: how to allocate, what the dtype is called, and
-how to hand the memory to the library. Nothing here computes. Used by _engine.py.
+to hand the memory to the library. Large memory on the CPU comes from _blocks.py, any other from
+NumPy's or torch's allocator. Nothing here computes. Used by _engine.py.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
 import numpy as np
 
+from penstock import _blocks
 from penstock.errors import invalid
-
-WORKSPACE_ALIGNMENT = 64
 
 
 class NumpyArrays:
@@ -46,7 +47,11 @@ class NumpyArrays:
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: str, like: np.ndarray) -> np.ndarray:
         """An array whose elements are undefined."""
-        return np.empty(shape, cls._dtype(dtype))
+        numpy_dtype = cls._dtype(dtype)
+        num_bytes = math.prod(shape) * numpy_dtype.itemsize
+        if _blocks.serves(num_bytes):
+            return _blocks.cache.take(num_bytes).view(numpy_dtype).reshape(shape)
+        return np.empty(shape, numpy_dtype)
 
     @classmethod
     def zeros(cls, shape: tuple[int, ...], dtype: str, like: np.ndarray) -> np.ndarray:
@@ -56,8 +61,10 @@ class NumpyArrays:
     @staticmethod
     def workspace(num_bytes: int, like: np.ndarray) -> np.ndarray:
         """Scratch memory, aligned as the engine wants it (NumPy aligns to 16 bytes only)."""
-        raw = np.empty(num_bytes + WORKSPACE_ALIGNMENT, np.uint8)
-        start = -raw.ctypes.data % WORKSPACE_ALIGNMENT
+        if _blocks.serves(num_bytes):
+            return _blocks.cache.take(num_bytes)
+        raw = np.empty(num_bytes + _blocks.ALIGNMENT, np.uint8)
+        start = -raw.ctypes.data % _blocks.ALIGNMENT
         return raw[start : start + num_bytes]
 
     @staticmethod
@@ -117,22 +124,34 @@ class TorchArrays:
     @staticmethod
     def empty(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A tensor whose elements are undefined."""
-        return _on_large_pages(like.new_empty(shape, dtype=torch_dtype(dtype)))
+        torch_type = torch_dtype(dtype)
+        num_bytes = math.prod(shape) * torch_type.itemsize
+        if like.device.type == "cpu" and _blocks.serves(num_bytes):
+            return _over(_blocks.cache.take(num_bytes), shape, torch_type)
+        return _on_large_pages(like.new_empty(shape, dtype=torch_type))
 
     @staticmethod
     def zeros(shape: tuple[int, ...], dtype: str, like: Any) -> Any:
         """A tensor of zeros."""
         return like.new_zeros(shape, dtype=torch_dtype(dtype))
 
-    @staticmethod
-    def workspace(num_bytes: int, like: Any) -> Any:
-        """Scratch memory, from torch's allocator so that its statistics and hooks see it."""
-        return _on_large_pages(like.new_empty((num_bytes,), dtype=torch_dtype("uint8")))
+    @classmethod
+    def workspace(cls, num_bytes: int, like: Any) -> Any:
+        """Scratch memory."""
+        return cls.empty((num_bytes,), "uint8", like)
 
     @staticmethod
     def uint16_as(tensor: Any) -> str:
         """Torch has bfloat16: uint16 tensors are refused."""
         return ""
+
+
+def _over(memory: np.ndarray, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A tensor, and no view of one, whose storage is `memory` (bytes)."""
+    import torch
+
+    storage = torch.from_numpy(memory).untyped_storage()
+    return torch.empty((0,), dtype=dtype, device="cpu").set_(storage, 0, shape)
 
 
 def _on_large_pages(tensor: Any) -> Any:

@@ -151,16 +151,24 @@ def router_logits(x: Any, weight: Any, context: CallContext) -> Any:
 
 @ranged
 def router_logits_backward(
-    dlogits: Any, x: Any, weight: Any, wanted: tuple[bool, bool], context: CallContext
+    dlogits: Any,
+    x: Any,
+    weight: Any,
+    wanted: tuple[bool, bool],
+    addend: Any,
+    context: CallContext,
 ) -> tuple[Any, Any]:
-    """Gradients of x and of the router's weight, in their dtypes; None for what is not wanted."""
+    """Gradients of x and of the router's weight, in their dtypes; None for what is not wanted.
+
+    addend (T, d) or None: the gradient of x by its other uses, added to this one before rounding.
+    """
     arrays = arrays_of(x)
     problem = _router_problem(x, weight)
     call = call_tuple(context, x)
     dx = arrays.empty(tuple(x.shape), problem.dtype, x) if wanted[0] else None
     dweight = arrays.empty(tuple(weight.shape), problem.dtype, x) if wanted[1] else None
     scratch = workspace(library().router_workspace_bytes(call, problem), x)
-    tensors = pass_on(x, dlogits, x, weight, dx, dweight, scratch)
+    tensors = pass_on(x, dlogits, x, weight, dx, dweight, scratch, addend)
     library().router_logits_backward(call, tensors)
     return dx, dweight
 

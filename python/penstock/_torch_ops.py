@@ -62,18 +62,33 @@ def _(x: Tensor, weight: Tensor, context: str) -> Tensor:
 
 @torch.library.custom_op("penstock::router_logits_backward", mutates_args=())
 def router_logits_backward(
-    dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], context: str
+    dlogits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+    context: str,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the router's weight; no elements where not wanted."""
+    """Gradients of x, plus `addend`, and of the router's weight; no elements where not wanted."""
     dx, dweight = _engine.router_logits_backward(
-        dlogits.contiguous(), x, weight, (wanted[0], wanted[1]), CallContext.unpack(context)
+        dlogits.contiguous(),
+        x,
+        weight,
+        (wanted[0], wanted[1]),
+        None if addend is None else rows_of_unit_stride(addend),
+        CallContext.unpack(context),
     )
     return or_absent(dx, x), or_absent(dweight, x)
 
 
 @router_logits_backward.register_fake
 def _(
-    dlogits: Tensor, x: Tensor, weight: Tensor, wanted: list[bool], context: str
+    dlogits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wanted: list[bool],
+    context: str,
+    addend: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         x.new_empty(x.shape) if wanted[0] else absent(x),
@@ -94,6 +109,33 @@ def _router_logits_grad(ctx: Any, dlogits: Tensor) -> tuple[Any, ...]:
 
 
 router_logits.register_autograd(_router_logits_grad, setup_context=_router_logits_setup)
+
+
+class LogitsAndInput(torch.autograd.Function):
+    """Logits of x, and x for its other uses.
+
+    What comes back from those uses is added inside the product that makes the logits' share of the
+    gradient of x, instead of by an addition of its own over all of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, context: str) -> tuple[Tensor, Tensor]:
+        """Like router_logits, and a view of x."""
+        ctx.save_for_backward(x, weight)
+        ctx.context = context
+        ctx.set_materialize_grads(False)
+        return router_logits(x, weight, context), x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:
+        """Gradients of x and of the weight."""
+        if dlogits is None:
+            return dx, None, None
+        x, weight = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:2])
+        addend = dx if wanted[0] else None
+        dx, dweight = router_logits_backward(dlogits, x, weight, wanted, ctx.context, addend)
+        return dx if wanted[0] else None, dweight if wanted[1] else None, None
 
 
 @torch.library.custom_op("penstock::plan", mutates_args=())

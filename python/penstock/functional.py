@@ -56,9 +56,22 @@ def router_logits(x: Any, router_weight: Any) -> Any:
     return _engine.router_logits(x, router_weight, current())
 
 
+def logits_and_input(x: Any, router_weight: Any) -> tuple[Any, Any]:
+    """router_logits of a torch tensor, and x for its other uses, such as the experts.
+
+    The gradient of those uses is added to that of the logits inside one product. x as in
+    router_logits, of the weight's dtype.
+    """
+    import torch
+
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return router_logits(x, router_weight), x
+    return _ops().LogitsAndInput.apply(_packed_rows(x), router_weight, context_key())
+
+
 def router_logits_backward(dlogits: Any, x: Any, router_weight: Any) -> tuple[Any, Any]:
     """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy or by hand."""
-    return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), current())
+    return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), None, current())
 
 
 def route(logits: Any, top_k: int, *, router: str = "softmax_topk", **options: Any) -> Routing:

@@ -197,8 +197,12 @@ class Router(nn.Module):
         bound = 1.0 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (T, E) of x (T, d), in fp32 (float64 for float64)."""
+    def forward(self, x: Tensor, gives: str = "logits") -> Any:
+        """Logits (T, E) of x (T, d), in fp32 (float64 for float64).
+
+        gives: "logits", or "logits_and_x" for both, where x is for its other uses: their gradient
+        is then summed with that of the logits in one product, if x and the weight are of one dtype.
+        """
         if _autocast_dtype(x) is not None:
             dtype = torch.float32
         else:
@@ -210,7 +214,11 @@ class Router(nn.Module):
                     f"{x.dtype}, the dtype of x, or wider",
                     "Convert the layer with .to(dtype), or use torch.autocast",
                 )
-        return functional.router_logits(_cast(x, dtype), _cast(self.weight, dtype))
+        weight = _cast(self.weight, dtype)
+        if gives == "logits_and_x" and x.dtype == dtype:
+            return functional.logits_and_input(x, weight)
+        logits = functional.router_logits(_cast(x, dtype), weight)
+        return (logits, x) if gives == "logits_and_x" else logits
 
     def extra_repr(self) -> str:
         """The sizes, for print(module)."""
@@ -315,7 +323,8 @@ class MoE(nn.Module):
         if not torch.compiler.is_compiling() and self.stats is not None:
             self.stats = self.stats.detached()
         rows = x.reshape(-1, self.hidden_size)
-        logits, routing = self.route(rows)
+        logits, rows = self.router(rows, gives="logits_and_x")
+        routing = self._routing(logits)
         plan = functional.plan(routing, self.num_experts)
         y = self.experts(rows, routing, plan=plan)
         self.router.count(plan.expert_counts)
@@ -328,9 +337,12 @@ class MoE(nn.Module):
     def route(self, rows: Tensor) -> tuple[Tensor, Routing]:
         """Logits (T, E) and the routing of rows (T, d)."""
         logits = self.router(rows)
+        return logits, self._routing(logits)
+
+    def _routing(self, logits: Tensor) -> Routing:
         if self.tape is not None:
-            return logits, self.tape.routing(self, logits)
-        return logits, self.choose(logits)
+            return self.tape.routing(self, logits)
+        return self.choose(logits)
 
     def choose(self, logits: Tensor) -> Routing:
         """The routing of logits (T, E) by the layer's router, in its mode."""

@@ -2,7 +2,8 @@
 """Measures of memory, for tests and benchmarks: what is kept for backward, what a call borrows.
 
 Both watch from outside: kept_bytes sees what autograd saves, whichever code saved it;
-watch_workspaces sees every workspace that the front-end allocates, in any thread.
+watch_workspaces sees every workspace that the front-end allocates, in any thread. fresh_memory lets
+torch's own statistics see the front-end's large allocations too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from penstock._blocks import fresh_memory
 from penstock._memory import WorkspaceLog, watch_workspaces
 
-__all__ = ["KeptBytes", "WorkspaceLog", "kept_bytes", "watch_workspaces"]
+__all__ = ["KeptBytes", "WorkspaceLog", "fresh_memory", "kept_bytes", "watch_workspaces"]
 
 
 class KeptBytes:

@@ -185,13 +185,6 @@ struct WeightGradientArgs {
   Workspace scratch;
 };
 
-// A weight gradient, and a combine that neither reads nor writes what the gradient writes: a
-// backend may run the two beside each other.
-struct GradientBesideCombineArgs {
-  WeightGradientArgs gradient;
-  CombineArgs combine;
-};
-
 // Per expert, out (+)= sum_r s_r v_{l(r)}: db1 (v = dH, no scores), db2 (v = gathered dO, s = S).
 struct BiasGradientArgs {
   RowGroups rows;
@@ -245,7 +238,6 @@ struct Backend {
   void (*score_gradient)(const ScoreGradientArgs&, const Context&);
   void (*up_backward)(const UpBackwardArgs&, const Context&);
   void (*weight_gradient)(const WeightGradientArgs&, const Context&);
-  void (*weight_gradient_beside_combine)(const GradientBesideCombineArgs&, const Context&);
   void (*bias_gradient)(const BiasGradientArgs&, const Context&);
 };
 

@@ -52,7 +52,6 @@ std::vector<Operation> experts_operations(const Backend& backend) {
           {"score_gradient", backend.score_gradient != nullptr},
           {"up_backward", backend.up_backward != nullptr},
           {"weight_gradient", backend.weight_gradient != nullptr},
-          {"weight_gradient_beside_combine", backend.weight_gradient_beside_combine != nullptr},
           {"bias_gradient", backend.bias_gradient != nullptr}};
 }
 

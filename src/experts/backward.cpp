@@ -2,7 +2,7 @@
 //
 // The backward pass, whole or in two halves. In order: (recompute H under SavePolicy::input),
 // down_backward (dH, A' and the partial sums of dS), score_gradient, dW2 and db2; for each block of
-// columns up_backward (dX~), dW1 beside combine (dX); db1.
+// columns up_backward (dX~), combine (dX), dW1; db1.
 #include <algorithm>
 
 #include "backend/registry.h"

@@ -78,19 +78,16 @@ void BackwardCall::down_weight_gradients() {
 
 void BackwardCall::up(BackwardPass pass, const HiddenColumns& columns, const LowRankTerm& term) {
   const bool wants_dx = pass != BackwardPass::weights && args_.dx.present();
-  const bool wants_dw1 = pass != BackwardPass::data && args_.weight_grads.into.w1.present();
   const bool dispatched = args_.plan.dispatched();
-  const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
-  if (wants_dx)
+  if (wants_dx) {
+    const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
     backend_.up_backward({rows_, dh_, columns_of(up_, columns), dx_rows, scratch_, term}, context_);
-  if (wants_dx && !dispatched) {
-    const CombineArgs combine = {args_.plan, dx_rows, TensorView{}, columns_of(args_.dx, columns)};
-    if (wants_dw1)
-      return backend_.weight_gradient_beside_combine({up_weight_gradient_args(columns), combine},
-                                                     context_);
-    return backend_.combine(combine, context_);
+    if (!dispatched)
+      backend_.combine({args_.plan, dx_rows, TensorView{}, columns_of(args_.dx, columns)},
+                       context_);
   }
-  if (wants_dw1) backend_.weight_gradient(up_weight_gradient_args(columns), context_);
+  if (pass != BackwardPass::data && args_.weight_grads.into.w1.present())
+    backend_.weight_gradient(up_weight_gradient_args(columns), context_);
 }
 
 void BackwardCall::up_bias_gradient() {

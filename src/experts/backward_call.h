@@ -23,8 +23,7 @@ class BackwardCall {
   // dH, A' and dS from H.
   void down(const TensorView& h, const LowRankTerm& term);
   void down_weight_gradients();
-  // dX~ in some columns, then dX from it and dW1 beside each other, which share nothing but what
-  // they read.
+  // dX~ in some columns, dX from it, and dW1 in the same columns.
   void up(BackwardPass pass, const HiddenColumns& columns, const LowRankTerm& term);
   void up_bias_gradient();
 

@@ -12,8 +12,8 @@ namespace {
 using Names = std::string_view;
 
 constexpr std::array<Names, 4> kLogits = {"x", "router_weight", "logits", "workspace"};
-constexpr std::array<Names, 6> kLogitsBackward = {
-    "dlogits", "x", "router_weight", "dx", "drouter_weight", "workspace"};
+constexpr std::array<Names, 7> kLogitsBackward = {
+    "dlogits", "x", "router_weight", "dx", "drouter_weight", "workspace", "addend"};
 constexpr std::array<Names, 8> kRoute = {"logits", "scores",        "ids",    "bias",
                                          "seed",   "token_offsets", "report", "workspace"};
 constexpr std::array<Names, 7> kRouteBackward = {"logits",  "scores",        "ids",      "dscores",
@@ -41,7 +41,8 @@ void logits_backward(CallContext call, Tensors tensors) {
                             .router_weight = group[2],
                             .dx = group[3],
                             .drouter_weight = group[4],
-                            .workspace = group.workspace(5)},
+                            .workspace = group.workspace(5),
+                            .addend = group[6]},
                            scope.context());
   });
 }

@@ -86,6 +86,16 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context&
   if (args.dx.present())
     check_tensor(args.dx,
                  {"dx", "(T, d)", {problem.num_tokens, problem.hidden_size}, dtype, device});
+  if (args.addend.present()) {
+    if (!args.dx.present())
+      fail({"addend", "a tensor without dx", "both or neither", "Ask for dx, or leave it out."});
+    check_tensor(args.addend, {"addend",
+                               "(T, d)",
+                               {problem.num_tokens, problem.hidden_size},
+                               dtype,
+                               device,
+                               Layout::readable_rows});
+  }
   if (args.drouter_weight.present()) {
     const bool wider =
         args.drouter_weight.dtype == DType::float32 && problem.dtype != DType::float64;
@@ -102,6 +112,7 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context&
   aliases.input(args.dlogits, "dlogits");
   aliases.input(args.x, "x");
   aliases.input(args.router_weight, "router_weight");
+  aliases.input(args.addend, "addend");
   aliases.output(args.dx, "dx");
   aliases.output(args.drouter_weight, "drouter_weight");
   aliases.workspace(args.workspace, needed);

@@ -237,8 +237,7 @@ def _child(layer, x, queue):
     queue.put((y.detach().numpy(), layer.experts.w1.grad.numpy()))
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_fork_after_use():
+def _use_then_fork() -> None:
     torch.set_num_threads(1)  # torch's own pool does not survive a fork
     layer, x = make()
     with penstock.backend(threads=2):
@@ -248,15 +247,22 @@ def test_fork_after_use():
         queue = context.Queue()
         process = context.Process(target=_child, args=(copy.deepcopy(layer), x, queue))
         process.start()
-        try:
-            child_y, child_grad = queue.get(timeout=60)
-        finally:
-            process.join(timeout=60)
-            if process.is_alive():
-                process.terminate()
+        child_y, child_grad = queue.get(timeout=60)
+        process.join(timeout=60)
     assert process.exitcode == 0
     assert torch.equal(torch.from_numpy(child_y), y.detach())
     assert child_grad.shape == layer.experts.w1.shape
+
+
+def test_fork_after_use():
+    """In a process of its own: where autograd has started threads for other devices, as opcheck
+    makes it do, torch refuses backward passes in forked children.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=_use_then_fork)
+    process.start()
+    process.join(timeout=180)
+    process.kill()
+    assert process.exitcode == 0
 
 
 def test_activations_reach_the_engine():
@@ -270,3 +276,45 @@ def test_meta_device_then_materialised():
     for module in (layer.router, layer.experts):
         module.reset_parameters()
     assert layer(torch.randn(2, SIZES[0])).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_x_by_router_and_experts_meet_in_one_product(dtype):
+    """As separate calls sum them, but for roundings; also where one of the two has none."""
+    torch.manual_seed(3)
+    layer = penstock.MoE(24, 16, 4, 2, dtype=dtype)
+    x = torch.randn(30, 24, dtype=dtype, requires_grad=True)
+
+    def gradient(output):
+        return torch.autograd.grad(output.float().square().sum(), x, allow_unused=True)[0]
+
+    logits, routing = layer.route(x)
+    want = gradient(layer.experts(x, routing))
+    got = gradient(layer(x))
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+    # x used once more outside, and a loss of the logits alone, without the experts' gradient.
+    got_twice = gradient(torch.cat((layer(x), x)))
+    torch.testing.assert_close(got_twice, got + 2 * x.detach(), rtol=tolerance, atol=tolerance)
+    layer(x)
+    (of_loss,) = torch.autograd.grad(layer.stats.z_loss, x)
+    z_loss = layer.route(x)[0].logsumexp(dim=-1).square().mean()
+    (want,) = torch.autograd.grad(z_loss, x)
+    torch.testing.assert_close(of_loss, want, rtol=tolerance, atol=tolerance)
+    assert torch.count_nonzero(want) > 0
+
+
+def test_a_frozen_router_or_input_keeps_the_other_gradient():
+    torch.manual_seed(4)
+    layer, x = penstock.MoE(24, 16, 4, 2), torch.randn(30, 24, requires_grad=True)
+    layer(x).square().sum().backward()
+    want_x, want_router = x.grad, layer.router.weight.grad
+    x.grad = None
+    layer.router.weight.requires_grad_(False)
+    layer(x).square().sum().backward()
+    assert torch.equal(x.grad, want_x)
+    layer.zero_grad()
+    layer.router.weight.requires_grad_(True)
+    layer(x.detach()).square().sum().backward()
+    assert torch.equal(layer.router.weight.grad, want_router)

@@ -111,18 +111,18 @@ def measure_memory(peer: Peer, problem: Problem, tensors: Tensors) -> Memory:
     Kept: the distinct storages that autograd saves, the layer's own inputs aside. Peak: from
     torch's allocator, whose events the profiler lists; Penstock's workspaces are among them.
     """
-    from penstock.testing import kept_bytes
+    from penstock.testing import fresh_memory, kept_bytes
 
     for leaf in tensors.leaves:
         leaf.grad = None
     gc.collect()
     peak = _PeakOfAllocations()
-    with kept_bytes(*tensors) as kept, peak:
+    with fresh_memory(), kept_bytes(*tensors) as kept, peak:
         output = peer.forward(problem, tensors)
     forward_peak = peak.bytes - kept.total - output.nbytes
     total = kept.total
     del kept  # it keeps the saved tensors alive, which backward would otherwise free as it goes
-    with peak:
+    with fresh_memory(), peak:
         output.backward(tensors.d_output)
     gradients = sum(leaf.grad.nbytes for leaf in tensors.leaves)
     return Memory(total, max(forward_peak, peak.bytes - gradients, 0))

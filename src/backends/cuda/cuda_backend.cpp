@@ -41,7 +41,6 @@ Device device_of(const RouterForwardArgs& args) { return args.logits.device; }
 Device device_of(const RouterBackwardArgs& args) { return args.dlogits.device; }
 Device device_of(const PlanArgs& args) { return args.routing.ids.device; }
 Device device_of(const CombineArgs& args) { return args.output.device; }
-Device device_of(const GradientBesideCombineArgs& args) { return args.combine.output.device; }
 // Every other operation works on rows.
 template <typename Args>
 Device device_of(const Args& args) {
@@ -152,8 +151,6 @@ const Backend kBackend = {
     .score_gradient = on_device<score_gradient, ScoreGradientArgs>,
     .up_backward = on_device<launch_up_backward, UpBackwardArgs>,
     .weight_gradient = on_device<launch_weight_gradient, WeightGradientArgs>,
-    .weight_gradient_beside_combine =
-        on_device<launch_weight_gradient_beside_combine, GradientBesideCombineArgs>,
     .bias_gradient = on_device<bias_gradient, BiasGradientArgs>,
 };
 

@@ -114,6 +114,28 @@ TEST_P(RouterTest, ProductsMatchFloat64) {
                cases::tolerance::stage(dtype()), "dx");
   expect_close(all_of(dweight.view()), product(kExperts, kTokens, kHidden, turned(dlogits), at(x)),
                cases::tolerance::stage(wide), "drouter_weight");
+  const Tensor addend = random_tensor(dtype(), {kTokens, kHidden}, 4);
+  Tensor sum(dtype(), {kTokens, kHidden});
+  router_logits_backward(
+      {dlogits.view(), x.view(), weight.view(), sum.view(), {}, workspace, addend.view()},
+      context());
+  std::vector<double> expected_sum = product(kTokens, kExperts, kHidden, at(dlogits), at(weight));
+  for (size_t i = 0; i < expected_sum.size(); ++i) expected_sum[i] += all_of(addend.view())[i];
+  expect_close(all_of(sum.view()), expected_sum, cases::tolerance::stage(dtype()), "dx + addend");
+  expect_invalid(
+      [&] {
+        router_logits_backward(
+            {dlogits.view(), x.view(), weight.view(), {}, dweight.view(), workspace, addend.view()},
+            context());
+      },
+      {"addend", "without dx"});
+  expect_invalid(
+      [&] {
+        router_logits_backward(
+            {dlogits.view(), x.view(), weight.view(), sum.view(), {}, workspace, sum.view()},
+            context());
+      },
+      {"dx", "overlaps addend"});
   EXPECT_TRUE(scratch.guards_intact() && logits.block().guards_intact() &&
               dx.block().guards_intact() && dweight.block().guards_intact());
   if (bytes > 0)

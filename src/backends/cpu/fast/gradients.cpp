@@ -155,11 +155,6 @@ void weight_gradient(const WeightGradientArgs& args, const Runtime& runtime) {
   multiply_groups(product, epilogue, args.scratch, runtime);
 }
 
-void weight_gradient_beside_combine(const GradientBesideCombineArgs& args, const Runtime& runtime) {
-  weight_gradient(args.gradient, runtime);
-  combine(args.combine, runtime);
-}
-
 void bias_gradient(const BiasGradientArgs& args, const Runtime& runtime) {
   const int64_t half_size = args.values.size(1) / args.halves;
   const int64_t blocks = (half_size + kMaxTaskColumns - 1) / kMaxTaskColumns;

@@ -34,6 +34,7 @@ int64_t ExpertRows::count(int64_t expert) const {
 
 bool Epilogue::skips(int64_t, int64_t) const { return false; }
 SumRows Epilogue::destination(const Chunk&) const { return {}; }
+void Epilogue::list_touched(const Chunk&, Touched&) const {}
 
 int64_t pack_rows(const GemmKernels& gemm) { return round_up(kPackRows, gemm.mr); }
 

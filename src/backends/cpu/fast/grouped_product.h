@@ -54,7 +54,9 @@ struct Operand {
   const int32_t* k_index = nullptr;
 };
 
-inline constexpr int64_t kExpertRows = -1;  // an extent: the rows of the expert
+inline constexpr int64_t kMaxPackRows = 128;  // rows that an epilogue gets at a time, at most
+inline constexpr int64_t kMaxTouchedRuns = 5 * kMaxPackRows;  // gate and up of H and dH, and A'
+inline constexpr int64_t kExpertRows = -1;                    // an extent: the rows of the expert
 inline constexpr int64_t kMaxTaskColumns = 256;
 // Column blocks start at multiples of this; partial sums for dS cover as many columns.
 inline constexpr int64_t kColumnUnit = 64;
@@ -109,6 +111,16 @@ class Epilogue {
   // Where the sums of the block may go directly, so that `apply` has nothing left to do. `block`
   // has no sums yet.
   virtual SumRows destination(const Chunk& block) const;
+  // What `apply` will read and write besides the sums: contiguous runs of `bytes` each. They are
+  // fetched while the sums are computed.
+  struct Touched {
+    std::array<const void*, kMaxTouchedRuns> at;
+    int64_t count = 0;
+    int64_t bytes = 0;
+
+    void add(const void* run) { at[static_cast<size_t>(count++)] = run; }
+  };
+  virtual void list_touched(const Chunk& block, Touched& touched) const;
   // Whether an expert's product is not wanted; k is its number of rows where k is kExpertRows.
   virtual bool skips(int64_t expert, int64_t k) const;
 

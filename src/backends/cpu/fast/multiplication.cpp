@@ -28,7 +28,7 @@ const GemmKernels& gemm_for(const GroupedProduct& product, const IsaKernels& ker
 }  // namespace
 
 bool can_change_sides(const IsaKernels& kernels, const GemmKernels& gemm) {
-  return gemm.left_rows == LeftRows::packed_or_in_place && kernels.f32.nr % kColumnUnit == 0;
+  return gemm.left_rows == Taken::packed_or_in_place && kernels.f32.nr % kColumnUnit == 0;
 }
 
 Tiling largest_tiling(const GemmKernels& gemm, int32_t num_bands) {

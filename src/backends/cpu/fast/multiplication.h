@@ -6,16 +6,16 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "backends/cpu/fast/grouped_product.h"
 
 namespace penstock::cpu::fast {
 
-inline constexpr int64_t kLine = 16;          // words of a cache line
-inline constexpr int64_t kPackRows = 96;      // rows packed at a time, rounded up to whole panels
-inline constexpr int64_t kMaxPackRows = 128;  // after rounding
-inline constexpr int64_t kFewRows = 128;      // of a task whose operands change sides
+inline constexpr int64_t kLine = 16;      // words of a cache line
+inline constexpr int64_t kPackRows = 96;  // rows packed at a time, rounded up to whole panels
+inline constexpr int64_t kFewRows = 128;  // of a task whose operands change sides
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int64_t blocks_of(int64_t value, int64_t size) { return (value + size - 1) / size; }
@@ -93,15 +93,22 @@ class Multiplication {
   ProductExtents largest_extents() const;
   bool right_stays_in_place() const;
   bool words_lie_along_k(const PackArgs& block) const;
+  bool words_lie_across_k(const PackArgs& block) const;
 
   PackArgs block_of(const Operand& operand, int64_t expert, int64_t outer_begin,
                     const Step& step) const;
+  std::optional<Step> step_from(const GroupedProduct::Segment* segment, int64_t k_begin,
+                                int64_t expert) const;
+  // Calls function(step, the one after it if there is one).
   template <typename Function>
   void for_each_step(int64_t expert, const Function& function) const;
   TileMode tile_mode(const Task& task, const Step& step) const;
   void place_sums(Task& task) const;
-  void pack_right(const Task& task, const Step& step) const;
-  void run_step(const Task& task, const Step& step) const;
+  PackArgs right_panel(const Task& task, const Step& step, int64_t index) const;
+  void take_left(const Task& task, const PackArgs& left, const void** table,
+                 BlockArgs& multiply) const;
+  void multiply_first_rows(const Task& task, const Step& step, const BlockArgs& multiply) const;
+  void run_step(const Task& task, const Step& step, const std::optional<Step>& next) const;
   void run_few_rows(const Task& task) const;
   void run_few_rows_step(const Task& task, const Step& step) const;
   void finish_few_rows(const Task& task) const;

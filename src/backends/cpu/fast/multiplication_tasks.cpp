@@ -2,8 +2,9 @@
 //
 // One task: a block of rows times a block of columns, in steps of one block of k.
 //
-// With many rows, the right operand's block (k_block x task columns) is packed and stays in the
-// second cache while the rows pass by; rows are read where they are if the kernel can. With few
+// With many rows, the right operand's block (k_block x task columns) is packed, a panel of columns
+// at a time as the first rows need it, and stays in the second cache while the rows pass by; the
+// left operand is read where it is if the kernel can. With few
 // rows, packing the right operand, weights that are read once, would cost as much as the product:
 // then the rows are packed, the weights are read where they are, and the sums, which come out by
 // column, are turned. An element's chain of multiply-adds is the same either way.
@@ -16,13 +17,36 @@ namespace {
 
 int64_t size_of(Element type) { return type == Element::f32 ? 4 : 2; }
 
+const void* at(const PackArgs& block, int64_t element) {
+  return static_cast<const char*>(block.base) + element * size_of(block.type);
+}
+
 // Where each outer element's words of k begin.
 void point_at_rows(const PackArgs& block, const void** table) {
-  for (int64_t i = 0; i < block.outer_count; ++i) {
-    const int64_t row = block.outer_index != nullptr ? block.outer_index[i] : i;
-    table[i] =
-        static_cast<const char*>(block.base) + row * block.outer_stride * size_of(block.type);
+  for (int64_t o = 0; o < block.outer_count; ++o) {
+    const int64_t row = block.outer_index != nullptr ? block.outer_index[o] : o;
+    table[o] = at(block, row * block.outer_stride);
   }
+}
+
+// Where each k's words of the outer elements begin.
+void point_at_columns(const PackArgs& block, const void** table) {
+  for (int64_t k = 0; k < block.k_count; ++k) {
+    const int64_t column = block.k_index != nullptr ? block.k_index[k] : k;
+    table[k] = at(block, column * block.k_stride);
+  }
+}
+
+// The block as runs of memory; `table` is where they begin.
+ReadNext lines_of(const PackArgs& block, const void** table) {
+  const bool along_k = block.outer_index != nullptr ||
+                       (block.k_index == nullptr && block.k_stride <= block.outer_stride);
+  if (along_k) {
+    point_at_rows(block, table);
+    return {table, block.outer_count, block.k_count * block.k_stride * size_of(block.type)};
+  }
+  point_at_columns(block, table);
+  return {table, block.k_count, block.outer_count * block.outer_stride * size_of(block.type)};
 }
 
 }  // namespace
@@ -51,31 +75,44 @@ PackArgs Multiplication::block_of(const Operand& operand, int64_t expert, int64_
   return args;
 }
 
+// The first step at or after k_begin of a segment.
+std::optional<Multiplication::Step> Multiplication::step_from(
+    const GroupedProduct::Segment* segment, int64_t k_begin, int64_t expert) const {
+  const auto* const end = product_.segments.data() + product_.num_segments;
+  for (; segment != end; ++segment, k_begin = 0) {
+    const int64_t left = k_of(*segment, expert) - k_begin;
+    if (left > 0) return Step{segment, k_begin, std::min(gemm_.k_block, left), false, false};
+  }
+  return std::nullopt;
+}
+
 template <typename Function>
 void Multiplication::for_each_step(int64_t expert, const Function& function) const {
-  int64_t left = total_k(expert);
-  bool first = true;
-  for (int32_t s = 0; s < product_.num_segments; ++s) {
-    const auto& segment = product_.segments[static_cast<size_t>(s)];
-    const int64_t k = k_of(segment, expert);
-    for (int64_t k_begin = 0; k_begin < k; k_begin += gemm_.k_block) {
-      const int64_t size = std::min(gemm_.k_block, k - k_begin);
-      left -= size;
-      function(Step{&segment, k_begin, size, first, left == 0});
-      first = false;
-    }
+  std::optional<Step> step = step_from(product_.segments.data(), 0, expert);
+  if (step) step->first = true;
+  while (step) {
+    const std::optional<Step> next = step_from(step->segment, step->k_begin + step->k, expert);
+    step->last = !next;
+    function(*step, next);
+    step = next;
   }
 }
 
 // Whether the kernel can read every outer element's words of k where they are.
 bool Multiplication::words_lie_along_k(const PackArgs& block) const {
-  if (gemm_.left_rows == LeftRows::packed) return false;
+  if (gemm_.left_rows == Taken::packed) return false;
   if (block.k_index != nullptr || block.k_stride != 1) return false;
   if (block.k_count % gemm_.k_per_word != 0) return false;
   return block.type == (gemm_.k_per_word == 2 ? Element::bf16 : Element::f32);
 }
 
-// The same of all of the right operand, where it is multiplied by an expert's rows.
+// Whether it can read every k's words of consecutive outer elements where they are.
+bool Multiplication::words_lie_across_k(const PackArgs& block) const {
+  if (gemm_.columns == Taken::packed || block.type != Element::f32) return false;
+  return block.outer_index == nullptr && block.outer_stride == 1;
+}
+
+// Along k, of all of the right operand, where it is multiplied by an expert's rows.
 bool Multiplication::right_stays_in_place() const {
   if (product_.m != kExpertRows || !can_change_sides(kernels_, gemm_)) return false;
   for (int32_t s = 0; s < product_.num_segments; ++s) {
@@ -90,16 +127,16 @@ bool Multiplication::right_stays_in_place() const {
   return true;
 }
 
-void Multiplication::pack_right(const Task& task, const Step& step) const {
-  const int64_t panels = task.whole.band_stride / gemm_.nr;
-  for (int32_t band = 0; band < product_.num_bands; ++band) {
-    const Operand& right = step.segment->right[static_cast<size_t>(band)];
-    PackArgs pack = block_of(right, task.whole.expert, task.whole.col_begin, step);
-    pack.outer_count = task.whole.cols;
-    pack.panels = task.scratch + layout_.b_begin + band * panels * layout_.b_panel_stride;
-    pack.panel_stride = layout_.b_panel_stride;
-    gemm_.pack_b(pack);
-  }
+// Panel `index` of the right operand, counted through the bands.
+PackArgs Multiplication::right_panel(const Task& task, const Step& step, int64_t index) const {
+  const int64_t panels_a_band = task.whole.band_stride / gemm_.nr;
+  const Operand& right = step.segment->right[static_cast<size_t>(index / panels_a_band)];
+  const int64_t col = index % panels_a_band * gemm_.nr;
+  PackArgs panel = block_of(right, task.whole.expert, task.whole.col_begin + col, step);
+  panel.outer_count = std::min(gemm_.nr, task.whole.cols - col);
+  panel.panels = task.scratch + layout_.b_begin + index * layout_.b_panel_stride;
+  panel.panel_stride = layout_.b_panel_stride;
+  return panel;
 }
 
 TileMode Multiplication::tile_mode(const Task& task, const Step& step) const {
@@ -119,9 +156,57 @@ TileMode Multiplication::tile_mode(const Task& task, const Step& step) const {
   return TileMode::store;
 }
 
-void Multiplication::run_step(const Task& task, const Step& step) const {
+// The left operand from `begin` on: where it lies if the kernel can read it there, or packed.
+void Multiplication::take_left(const Task& task, const PackArgs& left, const void** table,
+                               BlockArgs& multiply) const {
+  multiply.a_rows = multiply.a_columns = nullptr;
+  if (words_lie_along_k(left)) {
+    point_at_rows(left, table);
+    multiply.a_rows = table;
+  } else if (words_lie_across_k(left)) {
+    point_at_columns(left, table);
+    multiply.a_columns = table;
+  } else {
+    PackArgs packed = left;
+    packed.panels = task.scratch;
+    packed.panel_stride = layout_.a_panel_stride;
+    gemm_.pack_a(packed);
+  }
+}
+
+// The step's first rows, a panel of columns at a time: each is packed here, while or before it is
+// used for the first time, and the next one is fetched meanwhile; with the last one, what
+// `multiply` says.
+void Multiplication::multiply_first_rows(const Task& task, const Step& step,
+                                         const BlockArgs& multiply) const {
+  std::array<const void*, kMaxBlockK> columns;
+  std::array<const void*, kMaxBlockK> next_lines;
+  const int64_t panels = product_.num_bands * (task.whole.band_stride / gemm_.nr);
+  for (int64_t index = 0; index < panels; ++index) {
+    const PackArgs right = right_panel(task, step, index);
+    BlockArgs block = multiply;
+    block.b = right.panels;
+    block.cols = gemm_.nr;
+    block.c = static_cast<char*>(multiply.c) + index * gemm_.nr * task.bytes_of_sum;
+    if (words_lie_across_k(right) && right.outer_count == gemm_.nr) {
+      point_at_columns(right, columns.data());
+      block.b_columns = columns.data();
+    } else {
+      gemm_.pack_b(right);
+    }
+    block.next = index + 1 < panels ? ReadNext{} : multiply.next;
+    if (index + 1 < panels)
+      block.next = lines_of(right_panel(task, step, index + 1), next_lines.data());
+    gemm_.multiply(block);
+  }
+}
+
+void Multiplication::run_step(const Task& task, const Step& step,
+                              const std::optional<Step>& next) const {
   const Chunk& whole = task.whole;
-  pack_right(task, step);
+  const bool finishes = step.last && task.sums == Sums::in_scratch;
+  std::array<const void*, kMaxBlockK> table;
+  std::array<const void*, kMaxBlockK> next_lines;
   BlockArgs multiply = {};
   multiply.a = task.scratch;
   multiply.a_panel_stride = layout_.a_panel_stride;
@@ -132,24 +217,25 @@ void Multiplication::run_step(const Task& task, const Step& step) const {
   multiply.ldc = whole.row_stride;
   multiply.mode = tile_mode(task, step);
   for (int64_t i = 0; i < whole.rows; i += pack_rows(gemm_)) {
-    PackArgs left = block_of(step.segment->left, whole.expert, whole.row_begin + i, step);
-    left.outer_count = std::min(pack_rows(gemm_), whole.rows - i);
-    std::array<const void*, kMaxPackRows> table;
-    if (words_lie_along_k(left)) {
-      point_at_rows(left, table.data());
-      multiply.a_rows = table.data();
-    } else {
-      left.panels = task.scratch;
-      left.panel_stride = layout_.a_panel_stride;
-      gemm_.pack_a(left);
-    }
-    multiply.rows = left.outer_count;
-    multiply.c = static_cast<char*>(task.c) + i * whole.row_stride * task.bytes_of_sum;
-    gemm_.multiply(multiply);
-    if (!step.last || task.sums != Sums::in_scratch) continue;
     Chunk chunk = whole;
     chunk.row_begin += i;
-    chunk.rows = left.outer_count;
+    chunk.rows = std::min(pack_rows(gemm_), whole.rows - i);
+    PackArgs left = block_of(step.segment->left, whole.expert, chunk.row_begin, step);
+    left.outer_count = chunk.rows;
+    take_left(task, left, table.data(), multiply);
+    multiply.rows = chunk.rows;
+    multiply.c = static_cast<char*>(task.c) + i * whole.row_stride * task.bytes_of_sum;
+    Epilogue::Touched touched;
+    if (finishes) epilogue_.list_touched(chunk, touched);
+    multiply.next = {touched.at.data(), touched.count, touched.bytes};
+    if (next && i + chunk.rows == whole.rows)
+      multiply.next = lines_of(right_panel(task, *next, 0), next_lines.data());
+    if (i == 0) {
+      multiply_first_rows(task, step, multiply);
+    } else {
+      gemm_.multiply(multiply);
+    }
+    if (!finishes) continue;
     chunk.sums = whole.row(i);
     epilogue_.apply(chunk);
   }
@@ -179,6 +265,9 @@ void Multiplication::run_few_rows_step(const Task& task, const Step& step) const
   multiply.c = reinterpret_cast<float*>(task.scratch + layout_.by_column_begin);
   multiply.ldc = round_up(whole.rows, gemm_.nr);
   multiply.mode = step.first ? TileMode::store : TileMode::add;
+  Epilogue::Touched touched;
+  if (step.last) epilogue_.list_touched(whole, touched);
+  multiply.next = {touched.at.data(), touched.count, touched.bytes};
   gemm_.multiply(multiply);
 }
 
@@ -251,12 +340,14 @@ void Multiplication::run_task(int64_t index, uint32_t* scratch) const {
   whole.col_begin = index % column_blocks_ * tiling_.cols;
   whole.cols = std::min(tiling_.cols, product_.n - whole.col_begin);
   if (right_in_place_ && whole.rows <= kFewRows) {
-    for_each_step(block.expert, [&](const Step& step) { run_few_rows_step(task, step); });
+    for_each_step(block.expert,
+                  [&](const Step& step, const auto&) { run_few_rows_step(task, step); });
     finish_few_rows(task);
     return;
   }
   place_sums(task);
-  for_each_step(block.expert, [&](const Step& step) { run_step(task, step); });
+  for_each_step(block.expert,
+                [&](const Step& step, const auto& next) { run_step(task, step, next); });
   if (total_k(block.expert) > 0) return;
   // An expert without rows: its sums are 0.
   for (int64_t i = 0; i < whole.rows; ++i)

@@ -21,7 +21,6 @@ void down_backward(const DownBackwardArgs& args, const Runtime& runtime);
 void score_gradient(const ScoreGradientArgs& args, const Runtime& runtime);
 void up_backward(const UpBackwardArgs& args, const Runtime& runtime);
 void weight_gradient(const WeightGradientArgs& args, const Runtime& runtime);
-void weight_gradient_beside_combine(const GradientBesideCombineArgs& args, const Runtime& runtime);
 void bias_gradient(const BiasGradientArgs& args, const Runtime& runtime);
 
 int64_t scratch_bytes(const ExpertsProblem& problem, const Runtime& runtime);

@@ -66,6 +66,15 @@ class ActivateRows final : public Epilogue {
     }
   }
 
+  void list_touched(const Chunk& block, Touched& touched) const override {
+    touched.bytes = block.cols * size_of(args_.x.dtype);
+    for (int64_t row = block.row_begin; row < block.row_begin + block.rows; ++row) {
+      for (int32_t half = 0; h_.present() && half < args_.weights.halves; ++half)
+        touched.add(h_.at(row, half * intermediate_size_ + block.col_begin));
+      if (a_.present()) touched.add(a_.at(row, block.col_begin));
+    }
+  }
+
  private:
   void round_and_store(const Chunk& chunk, int64_t i, int32_t half) const {
     float* const sums = chunk.row(i, half);
@@ -115,6 +124,19 @@ class DownBackwardRows final : public Epilogue {
 
   void apply(const Chunk& chunk) const override {
     for (int64_t i = 0; i < chunk.rows; ++i) apply_row(chunk, i);
+  }
+
+  void list_touched(const Chunk& block, Touched& touched) const override {
+    touched.bytes = block.cols * size_of(args_.h.dtype);
+    const bool gated = is_gated(args_.activation.kind);
+    const int64_t up_begin = args_.a_scaled.size(1) + block.col_begin;
+    for (int64_t row = block.row_begin; row < block.row_begin + block.rows; ++row) {
+      for (const StorageRows* rows : {&h_, &dh_}) {
+        touched.add(rows->at(row, block.col_begin));
+        if (gated) touched.add(rows->at(row, up_begin));
+      }
+      touched.add(a_scaled_.at(row, block.col_begin));
+    }
   }
 
  private:

@@ -14,11 +14,14 @@ namespace {
 
 class StoreMatrix final : public Epilogue {
  public:
-  StoreMatrix(const RowKernels& kernels, const TensorView& output)
-      : kernels_(kernels), output_(output) {}
+  StoreMatrix(const RowKernels& kernels, const TensorView& output, const TensorView& addend)
+      : kernels_(kernels), output_(output), addend_(addend) {}
 
   void apply(const Chunk& chunk) const override {
     for (int64_t i = 0; i < chunk.rows; ++i) {
+      if (addend_.present())
+        kernels_.add_scaled(addend_.type(), 1.0f, addend_.at(chunk.row_begin + i, chunk.col_begin),
+                            chunk.row(i), chunk.cols);
       void* to = output_.at(chunk.row_begin + i, chunk.col_begin);
       kernels_.narrow(output_.type(), chunk.row(i), to, chunk.cols);
     }
@@ -27,12 +30,14 @@ class StoreMatrix final : public Epilogue {
  private:
   const RowKernels& kernels_;
   StorageRows output_;
+  StorageRows addend_;
 };
 
 struct MatrixProduct {
   Operand left;
   Operand right;
   int64_t k;
+  TensorView addend = {};  // absent: none
 };
 
 void multiply_into(const TensorView& output, const MatrixProduct& operands, Workspace scratch,
@@ -42,7 +47,8 @@ void multiply_into(const TensorView& output, const MatrixProduct& operands, Work
   product.segments[0].k = operands.k;
   product.segments[0].left = operands.left;
   product.segments[0].right[0] = operands.right;
-  multiply_groups(product, StoreMatrix(runtime.kernels->rows, output), scratch, runtime);
+  multiply_groups(product, StoreMatrix(runtime.kernels->rows, output, operands.addend), scratch,
+                  runtime);
 }
 
 // The routers' steps on our threads, some together so that a task is worth its hand-over.
@@ -76,7 +82,8 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Runtime&
   if (args.dx.present()) {
     const Operand left = rows_operand(args.dlogits, nullptr);
     const Operand right = columns_operand(args.router_weight, nullptr);
-    multiply_into(args.dx, {left, right, args.dlogits.size(1)}, args.workspace, runtime);
+    multiply_into(args.dx, {left, right, args.dlogits.size(1), args.addend}, args.workspace,
+                  runtime);
   }
   if (args.drouter_weight.present()) {
     const Operand left = columns_operand(args.dlogits, nullptr);

@@ -79,7 +79,6 @@ struct Table {
         .score_gradient = run<score_gradient>,
         .up_backward = run<up_backward>,
         .weight_gradient = run<weight_gradient>,
-        .weight_gradient_beside_combine = run<weight_gradient_beside_combine>,
         .bias_gradient = run<bias_gradient>,
     };
   }

@@ -75,7 +75,6 @@ const Backend& reference_backend() {
       .score_gradient = reference::score_gradient,
       .up_backward = reference::up_backward,
       .weight_gradient = reference::weight_gradient,
-      .weight_gradient_beside_combine = reference::weight_gradient_beside_combine,
       .bias_gradient = reference::bias_gradient,
   };
   return kBackend;

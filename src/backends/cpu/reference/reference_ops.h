@@ -21,7 +21,6 @@ void down_backward(const DownBackwardArgs& args, const Context& context);
 void score_gradient(const ScoreGradientArgs& args, const Context& context);
 void up_backward(const UpBackwardArgs& args, const Context& context);
 void weight_gradient(const WeightGradientArgs& args, const Context& context);
-void weight_gradient_beside_combine(const GradientBesideCombineArgs& args, const Context& context);
 void bias_gradient(const BiasGradientArgs& args, const Context& context);
 
 }  // namespace penstock::cpu::reference

@@ -19,7 +19,7 @@ std::span<const T> row_span(const TensorView& matrix, int64_t row) {
   return {row_of<const T>(matrix, row), static_cast<size_t>(matrix.size(1))};
 }
 
-// dX_t = sum_e dlogits_{t,e} Wr_e.
+// dX_t = sum_e dlogits_{t,e} Wr_e + addend_t.
 template <typename T, typename Logit>
 void logits_backward_input(const RouterLogitsBackwardArgs& args) {
   using Acc = Accumulator<T>;
@@ -29,6 +29,10 @@ void logits_backward_input(const RouterLogitsBackwardArgs& args) {
     for_each_chunk<Acc>(args.dx.size(1), [&](int64_t first, std::span<Acc> sums) {
       add_product<Acc, Logit, T>(row_span<Logit>(args.dlogits, token), matrix.from_output(first),
                                  sums);
+      if (args.addend.present()) {
+        const T* addend = row_of<const T>(args.addend, token) + first;
+        for (size_t j = 0; j < sums.size(); ++j) sums[j] += load(addend[j]);
+      }
       T* dx = row_of<T>(args.dx, token) + first;
       for (size_t j = 0; j < sums.size(); ++j) store(dx[j], sums[j]);
     });

@@ -103,11 +103,6 @@ void weight_gradient(const WeightGradientArgs& args, const Context&) {
   });
 }
 
-void weight_gradient_beside_combine(const GradientBesideCombineArgs& args, const Context& context) {
-  weight_gradient(args.gradient, context);
-  combine(args.combine, context);
-}
-
 void bias_gradient(const BiasGradientArgs& args, const Context&) {
   visit_floating(args.values.dtype, [&]<typename T>(StorageTag<T>) {
     visit_gradient<T>(

@@ -40,6 +40,20 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
       : "memory");
 }
 
+// True in one lane of a full warp, always the same one, which the compiler knows to be alone: behind a
+// comparison of lane ids it wraps every TMA store in a loop over the lanes.
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // One box from shared memory into a 3-D tensor; elements outside the tensor are dropped. The copy is
 // part of the calling thread's next bulk_commit.
 __device__ __forceinline__ void tma_store(uint32_t source, const CUtensorMap* map,

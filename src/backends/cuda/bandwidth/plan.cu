@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <string>
 
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/bandwidth/team.cuh"
 #include "backends/cuda/launch.h"
@@ -29,7 +30,7 @@ using FewExperts = Scatter<16, 128>;
 using ManyExperts = Scatter<4, 512>;
 constexpr int64_t kBlockSlots = 2048;  // of either
 constexpr int64_t kFewExperts = 1024;
-constexpr size_t kPlainSharedBytes = 47 * 1024;  // 48 KB less what kernels declare themselves
+constexpr int64_t kPlainSharedBytes = 47 * 1024;  // 48 KB less what kernels declare themselves
 
 constexpr int kCountThreads = 1024;
 constexpr int kVector = 8;  // counters read at once
@@ -129,6 +130,8 @@ __device__ int32_t token_of(const PlanParams& params, int64_t slot, const TokenR
 
 template <typename Id>
 __global__ void __launch_bounds__(kCountThreads) plan_count_kernel(const PlanParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   extern __shared__ int32_t histogram[];  // (columns)
   for (int e = threadIdx.x; e < params.columns; e += kCountThreads) histogram[e] = 0;
   __syncthreads();
@@ -252,6 +255,8 @@ __device__ void copy_token_offsets(const PlanParams& params) {
 
 template <typename Block, typename Id>
 __global__ void __launch_bounds__(Block::kThreads, 1) plan_scatter_kernel(const PlanParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   extern __shared__ int32_t shared[];
   int32_t* rows = shared;                      // (columns) next row of expert e for the block
   int32_t* next_rows = rows + params.columns;  // (kWarps, columns) the same for a warp
@@ -298,12 +303,12 @@ __global__ void __launch_bounds__(Block::kThreads, 1) plan_scatter_kernel(const 
 }
 
 template <typename Block, typename Id>
-void launch(const PlanParams& params, cudaStream_t stream) {
-  const size_t column_bytes = static_cast<size_t>(params.columns) * sizeof(int32_t);
-  const size_t scatter_bytes = column_bytes * (1 + Block::kWarps);
-  plan_count_kernel<Id>
-      <<<static_cast<unsigned>(params.chunks), kCountThreads, column_bytes, stream>>>(params);
-  check_launch("plan_count_kernel");
+void launch(const PlanParams& params, const Context& context) {
+  const int64_t column_bytes = params.columns * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t scatter_bytes = column_bytes * (1 + Block::kWarps);
+  launch_dependent({"plan_count_kernel", dim3(static_cast<unsigned>(params.chunks)), kCountThreads,
+                    column_bytes},
+                   context, plan_count_kernel<Id>, params);
   // Above 48 KB a launch needs the kernel's leave, which is a host-side setting: no launch, no
   // synchronisation, allowed while a graph is captured.
   if (scatter_bytes > kPlainSharedBytes) {
@@ -315,16 +320,16 @@ void launch(const PlanParams& params, cudaStream_t stream) {
   // Without slots one block still writes the experts' arrays.
   const auto blocks =
       static_cast<unsigned>(std::max<int64_t>(1, ceil_div(params.num_slots, kBlockSlots)));
-  plan_scatter_kernel<Block, Id><<<blocks, Block::kThreads, scatter_bytes, stream>>>(params);
-  check_launch("plan_scatter_kernel");
+  launch_dependent({"plan_scatter_kernel", dim3(blocks), Block::kThreads, scatter_bytes}, context,
+                   plan_scatter_kernel<Block, Id>, params);
 }
 
 template <typename Id>
-void launch_for_ids(const PlanParams& params, cudaStream_t stream) {
+void launch_for_ids(const PlanParams& params, const Context& context) {
   if (params.num_experts <= kFewExperts) {
-    launch<FewExperts, Id>(params, stream);
+    launch<FewExperts, Id>(params, context);
   } else {
-    launch<ManyExperts, Id>(params, stream);
+    launch<ManyExperts, Id>(params, context);
   }
 }
 
@@ -371,9 +376,9 @@ void build_plan(const PlanArgs& args, const Context& context) {
   params.slot_to_row = plan.slot_to_row.as<int32_t>();
   params.dropped_slots = data_or_null<int32_t>(plan.dropped_slots);
   if (routing.ids.dtype == DType::int64) {
-    launch_for_ids<int64_t>(params, stream_of(context));
+    launch_for_ids<int64_t>(params, context);
   } else {
-    launch_for_ids<int32_t>(params, stream_of(context));
+    launch_for_ids<int32_t>(params, context);
   }
 }
 

@@ -3,6 +3,7 @@
 // The softmax routers' scores and selection, of their own choice or of ids that are given, and
 // their backward: launches right after the router's product. A token's logits live in the registers
 // of its team: a warp, or a block past 1024 experts.
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/bandwidth/warp_top_k.cuh"
 #include "backends/cuda/launch.h"
@@ -70,6 +71,8 @@ struct WarpRouterShared {
 
 template <int kPerLane>
 __global__ void __launch_bounds__(256) warp_router_kernel(const RouterParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   __shared__ WarpRouterShared shared[WarpTeam::kTeamsPerBlock];
   const WarpTeam team;
   const int64_t token = team.index();
@@ -93,6 +96,8 @@ __global__ void __launch_bounds__(256) warp_router_kernel(const RouterParams par
 
 // More experts than a warp has room for.
 __global__ void __launch_bounds__(BlockTeam::kSize) block_router_kernel(const RouterParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   constexpr int kPerMember = kMaxExperts / BlockTeam::kSize;
   __shared__ uint32_t chosen[kMaxTopK];
   const BlockTeam team;
@@ -129,6 +134,8 @@ __global__ void __launch_bounds__(BlockTeam::kSize) block_router_kernel(const Ro
 template <typename Team>
 __global__ void __launch_bounds__(Team::kSize* Team::kTeamsPerBlock)
     given_router_kernel(const RouterParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const Team team;
   const int64_t token = team.index();
   if (token >= params.num_tokens) return;
@@ -176,6 +183,8 @@ struct RouterBackwardParams {
 // One warp a token: the row of dlogits first gets what an expert that was not chosen receives,
 // then the K chosen ones are written over it.
 __global__ void __launch_bounds__(256) router_backward_kernel(const RouterBackwardParams params) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const WarpTeam team;
   const int64_t token = team.index();
   if (token >= params.num_tokens) return;
@@ -217,26 +226,27 @@ unsigned warp_blocks(int64_t num_tokens) {
   return static_cast<unsigned>(ceil_div(num_tokens, WarpTeam::kTeamsPerBlock));
 }
 
-void launch_chosen(const RouterParams& params, cudaStream_t stream) {
+void launch_chosen(const RouterParams& params, const Context& context) {
   if (params.num_experts > kMaxWarpExperts) {
     const auto blocks = static_cast<unsigned>(params.num_tokens);
-    block_router_kernel<<<blocks, BlockTeam::kSize, 0, stream>>>(params);
-    return check_launch("block_router_kernel");
+    return launch_dependent({"block_router_kernel", dim3(blocks), BlockTeam::kSize}, context,
+                            block_router_kernel, params);
   }
   visit_experts_per_lane(params.num_experts, [&]<int kPerLane>() {
-    warp_router_kernel<kPerLane><<<warp_blocks(params.num_tokens), 256, 0, stream>>>(params);
+    launch_dependent({"warp_router_kernel", dim3(warp_blocks(params.num_tokens)), 256}, context,
+                     warp_router_kernel<kPerLane>, params);
   });
-  check_launch("warp_router_kernel");
 }
 
-void launch_given(const RouterParams& params, cudaStream_t stream) {
+void launch_given(const RouterParams& params, const Context& context) {
   if (params.num_experts > kMaxWarpExperts) {
     const auto blocks = static_cast<unsigned>(params.num_tokens);
-    given_router_kernel<BlockTeam><<<blocks, BlockTeam::kSize, 0, stream>>>(params);
+    launch_dependent({"given_router_kernel", dim3(blocks), BlockTeam::kSize}, context,
+                     given_router_kernel<BlockTeam>, params);
   } else {
-    given_router_kernel<WarpTeam><<<warp_blocks(params.num_tokens), 256, 0, stream>>>(params);
+    launch_dependent({"given_router_kernel", dim3(warp_blocks(params.num_tokens)), 256}, context,
+                     given_router_kernel<WarpTeam>, params);
   }
-  check_launch("given_router_kernel");
 }
 
 }  // namespace
@@ -254,8 +264,8 @@ void softmax_topk_forward(const RouterForwardArgs& args, const Context& context)
   params.top_k = static_cast<int32_t>(args.scores.size(1));
   if (params.num_tokens == 0) return;
 
-  if (args.selection == Selection::given) return launch_given(params, stream_of(context));
-  launch_chosen(params, stream_of(context));
+  if (args.selection == Selection::given) return launch_given(params, context);
+  launch_chosen(params, context);
 }
 
 void softmax_topk_backward(const RouterBackwardArgs& args, const Context& context) {
@@ -273,8 +283,8 @@ void softmax_topk_backward(const RouterBackwardArgs& args, const Context& contex
   params.num_experts = static_cast<int32_t>(args.dlogits.size(1));
   params.top_k = static_cast<int32_t>(args.scores.size(1));
   if (params.num_tokens == 0) return;
-  router_backward_kernel<<<warp_blocks(params.num_tokens), 256, 0, stream_of(context)>>>(params);
-  check_launch("router_backward_kernel");
+  launch_dependent({"router_backward_kernel", dim3(warp_blocks(params.num_tokens)), 256}, context,
+                   router_backward_kernel, params);
 }
 
 }  // namespace penstock::cuda

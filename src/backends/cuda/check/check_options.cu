@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What callers may vary without changing a bit: rows already dispatched, a budget of
-// multiprocessors, a combine beside a weight gradient; and what must be left alone: frozen experts,
-// everything where nobody is routed.
-#include "backends/cuda/bandwidth/bandwidth_ops.h"
+// multiprocessors; and what must be left alone: frozen experts, everything where nobody is routed.
 #include "backends/cuda/check/checks.h"
-#include "backends/cuda/gemm/products.h"
 
 namespace penstock::cuda::check {
 namespace {
@@ -108,38 +105,6 @@ void frozen_experts(Report& report, Layer<Element>& layer) {
   }
 }
 
-// dX by CTAs of dW1's launch, as by launches of their own. Every fifth slot is skipped.
-void combine_beside(Report& report, const LayerShape& shape, int32_t combining) {
-  Layer<Element> layer(shape, {}, 33);
-  std::vector<int32_t> kept = layer.host.slot_to_row;
-  for (size_t slot = 0; slot < kept.size(); slot += 5) kept[slot] = -1;
-  DeviceArray<int32_t> slot_to_row(kept);
-  CombineArgs combined = layer.dx_args();
-  combined.plan.slot_to_row = layer.ints(slot_to_row);
-  launch_up_projection(layer.up_args(), {});
-  launch_down_backward(layer.down_backward_args(), {});
-  launch_up_backward(layer.up_backward_args(), {});
-  const auto both = [&](int32_t ctas, const Context& context) {
-    layer.dx.poison();
-    layer.dw1.poison();
-    if (ctas == 0) {
-      launch_weight_gradient(layer.dw1_args(), context);
-      combine(combined, context);
-    } else {
-      weight_gradient_beside_combine<Element>({layer.dw1_args(), combined}, ctas, context);
-    }
-    return std::pair(bits(layer.dx), bits(layer.dw1));
-  };
-  const auto apart = both(0, {});
-  const std::string where = std::to_string(combining) + " CTAs, top " +
-                            std::to_string(shape.top_k) + ", d " + std::to_string(shape.d);
-  if (apart != both(combining, {})) report.fail("options", "combine beside", where);
-  Context few;
-  few.sm_budget = 9;
-  if (apart != both(2, few))
-    report.fail("options", "combine beside", where + ", 9 multiprocessors");
-}
-
 // Nobody is routed anywhere: rows stay poison, gradients are zeros, accumulators stay.
 void no_rows(Report& report, Layer<Element>& layer) {
   DeviceArray<int32_t> counts(layer.shape.experts), offsets(layer.shape.experts + 1);
@@ -173,10 +138,6 @@ void check_options(Report& report) {
     no_rows(report, layer);
     Layer<Element> swapped({200, 136, 200, 10, 3}, {.layout = Layout::input_major}, 32);
     dispatched_rows(report, swapped);
-    combine_beside(report, {203, 136, 200, 10, 3}, 4);
-    combine_beside(report, {1000, 520, 64, 16, 1}, 2);
-    combine_beside(report, {777, 1544, 72, 12, 10}, 20);
-    combine_beside(report, {64, 4096, 64, 32, 20}, 32);
   } catch (const Error& error) {
     report.fail("error", "options", error.what());
   }

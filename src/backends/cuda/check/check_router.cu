@@ -35,6 +35,46 @@ __global__ void ref_dense(RefDense p, double* out) {
 }
 
 template <typename E>
+__global__ void add_elements(const E* addend, int64_t count, double* sum) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    sum[i] += static_cast<double>(static_cast<float>(addend[i]));
+  }
+}
+
+// dX where x has other uses, whose gradient is of about the same size.
+template <typename E>
+void run_addend(Report& report, const std::string& where, const RouterProblem& size) {
+  const int64_t tokens = size.num_tokens, d = size.hidden_size, experts = size.num_experts;
+  const int64_t bytes = router_products_scratch_bytes(size);
+  DeviceArray<float> dlogits(tokens * experts);
+  DeviceArray<E> w(experts * d), dx(tokens * d), addend(tokens * d);
+  DeviceArray<uint8_t> scratch(bytes);
+  dlogits.randomise(4, 1.0f, Values::random);
+  w.randomise(5, 1.0f / std::sqrt(static_cast<float>(experts)), Values::random);
+  addend.randomise(6, 1.0f, Values::random);
+  const auto view = [](void* data, DType dtype, int64_t r, int64_t c) {
+    return TensorView::contiguous(data, dtype, {r, c}, {DeviceType::cuda, 0});
+  };
+  const TensorView tokens_of_addend = view(addend.data(), size.dtype, tokens, d);
+  launch_router_logits_backward({view(dlogits.data(), DType::float32, tokens, experts),
+                                 tokens_of_addend,
+                                 view(w.data(), size.dtype, experts, d),
+                                 view(dx.data(), size.dtype, tokens, d),
+                                 {},
+                                 {scratch.data(), bytes},
+                                 tokens_of_addend},
+                                {});
+  DeviceArray<double> want(tokens * d);
+  ref_dense<E><<<1024, 128>>>(
+      {dlogits.data(), nullptr, experts, 1, w.data(), d, 1, tokens, d, experts}, want.data());
+  add_elements<<<1024, 128>>>(addend.data(), tokens * d, want.data());
+  report.judge<E>("router dX + addend", where, {dx.data(), want.data(), nullptr, tokens, d, d, 1},
+                  size.dtype == DType::bfloat16 ? Tolerance::bf16() : Tolerance::fp16(),
+                  Values::random);
+}
+
+template <typename E>
 void run(Report& report, int64_t tokens, int64_t d, int64_t experts) {
   constexpr DType kDType = Layer<E>::kDType;
   const std::string where = std::string(name_of(kDType)) + " T" + std::to_string(tokens) + " d" +
@@ -83,6 +123,7 @@ void run(Report& report, int64_t tokens, int64_t d, int64_t experts) {
   report.judge<float>("router dWr fp32", where,
                       {dw_f.data(), want_dw.data(), nullptr, experts, d, d, 1},
                       Tolerance::score_gradient(), Values::random);
+  run_addend<E>(report, where, {tokens, d, experts, kDType, {}});
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ struct Variant {
 };
 
 struct HostPlan {
-  std::vector<int32_t> counts, offsets, row_to_token, row_to_slot, slot_to_row, expert_of_row;
+  std::vector<int32_t> counts, offsets, row_to_token, row_to_slot, expert_of_row;
 };
 
 inline HostPlan make_plan(const LayerShape& s, uint64_t seed) {
@@ -53,12 +53,10 @@ inline HostPlan make_plan(const LayerShape& s, uint64_t seed) {
     }
   }
   HostPlan plan;
-  plan.slot_to_row.resize(static_cast<size_t>(s.tokens * s.top_k), -1);
   for (size_t e = 0; e < slots.size(); ++e) {
     plan.offsets.push_back(static_cast<int32_t>(plan.row_to_token.size()));
     plan.counts.push_back(static_cast<int32_t>(slots[e].size()));
     for (const int32_t slot : slots[e]) {
-      plan.slot_to_row[static_cast<size_t>(slot)] = static_cast<int32_t>(plan.row_to_slot.size());
       plan.row_to_token.push_back(static_cast<int32_t>(slot / s.top_k));
       plan.row_to_slot.push_back(slot);
       plan.expert_of_row.push_back(static_cast<int32_t>(e));
@@ -79,8 +77,8 @@ struct Layer {
   Variant variant;
   HostPlan host;
   int64_t rows, halves, h_size, num_partials;
-  DeviceArray<int32_t> counts, offsets, row_to_token, row_to_slot, slot_to_row, expert_of_row;
-  DeviceArray<E> x, d_output, w1, w1_up, w2, b1, b1_up, b2, h, a, y, dh, a_scaled, dx_rows, dx;
+  DeviceArray<int32_t> counts, offsets, row_to_token, row_to_slot, expert_of_row;
+  DeviceArray<E> x, d_output, w1, w1_up, w2, b1, b1_up, b2, h, a, y, dh, a_scaled, dx_rows;
   DeviceArray<float> scores, partials;
   DeviceArray<E> dw1, dw1_up, dw2;            // gradients in the storage type
   DeviceArray<float> dw1_f, dw1_up_f, dw2_f;  // or in fp32
@@ -100,7 +98,6 @@ struct Layer {
         offsets(host.offsets),
         row_to_token(host.row_to_token),
         row_to_slot(host.row_to_slot),
-        slot_to_row(host.slot_to_row),
         expert_of_row(host.expert_of_row),
         x(s.tokens * s.d),
         d_output(s.tokens * s.d),
@@ -116,7 +113,6 @@ struct Layer {
         dh(rows * h_size),
         a_scaled(rows * s.n),
         dx_rows(rows * s.d),
-        dx(s.tokens * s.d),
         scores(s.tokens * s.top_k),
         partials(rows * num_partials),
         dw1(v.fp32_gradients ? 0 : w1.count()),
@@ -251,14 +247,6 @@ struct Layer {
             up_weights(),
             view(dx_rows.data(), kDType, rows, shape.d),
             {}};
-  }
-  CombineArgs dx_args() const {
-    CombineArgs args = {};
-    args.plan.slot_to_row = ints(slot_to_row);
-    args.plan.top_k = static_cast<int32_t>(shape.top_k);
-    args.rows = view(dx_rows.data(), kDType, rows, shape.d);
-    args.output = view(dx.data(), kDType, shape.tokens, shape.d);
-    return args;
   }
   WeightGradientArgs dw1_args() const {
     WeightGradientArgs args = gradient(view(dh.data(), kDType, rows, h_size),

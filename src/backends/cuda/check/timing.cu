@@ -4,10 +4,7 @@
 #include <cstdio>
 #include <functional>
 
-#include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/check/checks.h"
-#include "backends/cuda/gemm/config.h"
-#include "backends/cuda/gemm/products.h"
 
 namespace penstock::cuda::check {
 namespace {
@@ -47,28 +44,6 @@ class Timer {
   cudaEvent_t begin_ = nullptr;
   cudaEvent_t end_ = nullptr;
 };
-
-// dW1 and dX's combine one after the other, then beside each other by how many CTAs combine.
-void time_combine_beside(const char* name, const Layer<__nv_bfloat16>& layer, Timer& timer) {
-  const LayerShape& s = layer.shape;
-  int multiprocessors = 0;
-  require(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "device");
-  const int32_t chosen =
-      combine_ctas({layer.rows, s.tokens, s.d, layer.h_size, s.experts}, multiprocessors);
-  const float apart = timer.median_ms([&] {
-    launch_weight_gradient(layer.dw1_args(), {});
-    combine(layer.dx_args(), {});
-  });
-  std::printf("time %-12s dW1, combine %.3f ms; beside", name, apart);
-  for (const int32_t combining : {2, 4, 8, 12, 16, 20, 24, 32}) {
-    const float ms = timer.median_ms([&] {
-      weight_gradient_beside_combine<__nv_bfloat16>({layer.dw1_args(), layer.dx_args()}, combining,
-                                                    {});
-    });
-    std::printf(" %d: %.3f", combining, ms);
-  }
-  std::printf(" (chosen %d)\n", chosen);
-}
 
 }  // namespace
 
@@ -123,7 +98,6 @@ void time_products(const char* name, const LayerShape& shape) {
     flop += row.flop;
   }
   std::printf("time %-12s %-18s %8.3f ms %7.1f TFLOP/s\n", name, "all six", sum, flop / sum * 1e-9);
-  time_combine_beside(name, layer, timer);
   std::fflush(stdout);
 }
 

@@ -38,68 +38,6 @@ int32_t router_gradient_slices(const RouterProblem& problem) {
       std::clamp<int64_t>(kWave / std::max<int64_t>(1, tiles), 1, std::min(kMost, by_rows)));
 }
 
-namespace {
-
-// Seconds until a weight gradient and a combine are done, by how many CTAs combine. The rates are
-// an H100's: products of these tiles, memory under both at once, and what one CTA's copies bring.
-class BesideCost {
- public:
-  explicit BesideCost(const BesideSizes& sizes) {
-    const double rows = static_cast<double>(sizes.row_capacity);
-    const double tokens = static_cast<double>(sizes.num_tokens);
-    const double d = static_cast<double>(sizes.hidden_size);
-    const double h = static_cast<double>(sizes.preactivation_size);
-    tiles_ = sizes.num_experts * ceil_div(sizes.preactivation_size, kDirectTile) *
-             ceil_div(sizes.hidden_size, kGatheredTile);
-    tile_seconds_ = 2.0 * rows * d * h / static_cast<double>(tiles_) / kFlopsOfACta;
-    gradient_bytes_ =
-        2.0 * (rows * h + tokens * d + static_cast<double>(sizes.num_experts) * d * h);
-    combine_bytes_ = 2.0 * (rows + tokens) * d;
-  }
-
-  double in_turn(int64_t multiprocessors) const {
-    return std::max(products(multiprocessors), gradient_bytes_ / kMemory) +
-           combine_bytes_ / kMemory;
-  }
-  double beside(int64_t multiprocessors, int64_t combining) const {
-    return std::max({products(multiprocessors - combining),
-                     combine_bytes_ / (static_cast<double>(combining) * kCopiesOfACta),
-                     (gradient_bytes_ + combine_bytes_) / kMemory});
-  }
-
- private:
-  static constexpr double kFlopsOfACta = 4.6e12;
-  static constexpr double kMemory = 2.55e12;
-  static constexpr double kCopiesOfACta = 60e9;
-
-  double products(int64_t ctas) const {
-    return static_cast<double>(ceil_div(tiles_, ctas)) * tile_seconds_;
-  }
-
-  int64_t tiles_;
-  double tile_seconds_;
-  double gradient_bytes_;
-  double combine_bytes_;
-};
-
-}  // namespace
-
-int32_t combine_ctas(const BesideSizes& sizes, int64_t multiprocessors) {
-  constexpr int64_t kMost = 32;
-  constexpr double kLeastGain = 0.01;  // of the time in turn; less is not worth a wrong guess
-  if (sizes.row_capacity == 0 || sizes.num_tokens == 0) return 0;
-  const BesideCost cost(sizes);
-  int64_t best = 0;
-  double least = (1.0 - kLeastGain) * cost.in_turn(multiprocessors);
-  for (int64_t ctas = 2; ctas <= std::min(kMost, multiprocessors / 4); ctas += 2) {
-    const double seconds = cost.beside(multiprocessors, ctas);
-    if (seconds >= least) continue;
-    least = seconds;
-    best = ctas;
-  }
-  return static_cast<int32_t>(best);
-}
-
 std::string why_not_shape(const ExpertsProblem& problem) {
   if (problem.dtype != DType::bfloat16 && problem.dtype != DType::float16)
     return "dtype " + std::string(name_of(problem.dtype)) + " (it runs bfloat16 and float16)";

@@ -34,20 +34,6 @@ int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_
 // tiles would otherwise leave most of the chip idle. Fixed by the shape: results never change.
 int32_t router_gradient_slices(const RouterProblem& problem);
 
-// What decides how dX's combine rides beside the weight gradient of W1.
-struct BesideSizes {
-  int64_t row_capacity = 0;
-  int64_t num_tokens = 0;
-  int64_t hidden_size = 0;
-  int64_t preactivation_size = 0;  // h
-  int64_t num_experts = 0;
-};
-
-// How many of `multiprocessors` combine while the others compute the weight gradient: an even
-// number, since CTAs come in pairs, chosen for the earliest end of both. 0: one after the other, as
-// where the weight gradient is itself bound by memory. Changes no result.
-int32_t combine_ctas(const BesideSizes& sizes, int64_t multiprocessors);
-
 // Empty if the shape, dtype and weight layout fit the kernels, otherwise the reason by name.
 std::string why_not_shape(const ExpertsProblem& problem);
 // The same for the ranks of adapters beside the weights.

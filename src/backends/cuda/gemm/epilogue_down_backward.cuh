@@ -54,27 +54,46 @@ struct DownBackwardEpilogue {
     }
   };
 
-  // Scores of the lane's two rows: fetched before the products, needed after them.
-  struct Scores {
-    float at[2];
+  // Scores of the lane's two rows.
+  struct Early {
+    float score[2];
+  };
+  // Where they are; -1: the score is 1.
+  struct Slots {
+    int64_t at[2];
   };
 
   static __device__ int rows_of(const Params&, const Work& work) { return work.rows; }
 
-  static __device__ __forceinline__ Scores prefetch(const Params& params, const Work& work,
-                                                    const WarpPlace& place) {
-    const int64_t first_row = work.row_begin + place.row;
-    const int rows = work.rows - place.row;
-    return {{score_of(params, first_row, Lane::row(), rows),
-             score_of(params, first_row, Lane::row() + 8, rows)}};
+  static __device__ __forceinline__ Slots find(const Params& params, const Work& work,
+                                               const WarpPlace& place) {
+    Slots slots;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      const int row = place.row + Lane::row() + lower * 8;
+      const int64_t at = work.row_begin + row;
+      slots.at[lower] = row >= work.rows || params.scores == nullptr ? -1
+                        : params.row_to_slot == nullptr              ? at
+                                                                     : params.row_to_slot[at];
+    }
+    return slots;
+  }
+
+  static __device__ __forceinline__ Early fetch(const Params& params, const Slots& slots) {
+    Early early;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      early.score[lower] = slots.at[lower] < 0 ? 1.0f : params.scores[slots.at[lower]];
+    }
+    return early;
   }
 
   template <typename Stages>
   static __device__ __forceinline__ void run(const Params& params, const Work& work,
-                                             const Sums& sums, const Scores& scores,
+                                             const Sums& sums, const Early& early,
                                              const WarpPlace& place, Stages& stages) {
     const auto apply = [&](auto function) {
-      columns(function, params, work, sums, scores, place, stages);
+      columns(function, params, work, sums, early, place, stages);
     };
     if constexpr (kGating == Gating::gated) {
       visit_gated(params.activation.kind, apply);
@@ -95,7 +114,7 @@ struct DownBackwardEpilogue {
   template <typename Function, typename Stages>
   static __device__ __forceinline__ void columns(Function function, const Params& params,
                                                  const Work& work, const Sums& sums,
-                                                 const Scores& scores, const WarpPlace& place,
+                                                 const Early& early, const WarpPlace& place,
                                                  Stages& stages) {
     float partial[2] = {0.0f, 0.0f};
     const uint32_t offset = slot_lane_offset();
@@ -113,7 +132,7 @@ struct DownBackwardEpilogue {
             arch::load_matrix(at + half * kPartBytes, batch.half[half]);
           }
           differentiate(function, params.activation, sums, {chunk * 8 + group, valid - group * 8},
-                        scores, batch, partial);
+                        early, batch, partial);
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
             arch::store_matrix(at + half * kPartBytes, batch.half[half]);
@@ -142,12 +161,12 @@ struct DownBackwardEpilogue {
   template <typename Function>
   static __device__ __forceinline__ void differentiate(Function, const ActivationParams& activation,
                                                        const Sums& sums, const Groups2& groups,
-                                                       const Scores& scores, Batch& batch,
+                                                       const Early& early, Batch& batch,
                                                        float (&partial)[2]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 4 * groups.first + 2 * i;
-      const float score = scores.at[i % 2];
+      const float score = early.score[i % 2];
       const float2 g = {sums[at], sums[at + 1]};
       const float2 first = unpack_word<Element>(batch.half[0][i]);
       float2 value;
@@ -183,12 +202,6 @@ struct DownBackwardEpilogue {
     WarpStore<Element>::rows(params.a_scaled, {work.n + first, 0, row}, extent, 0,
                              slab + kHalves * kPartBytes);
     arch::bulk_commit();
-  }
-
-  static __device__ float score_of(const Params& params, int64_t first_row, int row, int rows) {
-    if (row >= rows || params.scores == nullptr) return 1.0f;
-    const int64_t at = first_row + row;
-    return params.scores[params.row_to_slot == nullptr ? at : params.row_to_slot[at]];
   }
 
   static __device__ void store_partials(const Params& params, const Work& work,

@@ -17,15 +17,38 @@ namespace penstock::cuda {
 struct StoreChange {
   Bias bias;
   const float* scale;  // null: 1. One factor for all of C, on the device.
+  Rows addend;         // null: none
 
-  __device__ bool none() const { return scale == nullptr && bias.data == nullptr; }
+  __device__ bool none() const {
+    return scale == nullptr && bias.data == nullptr && addend.data == nullptr;
+  }
+};
 
-  template <typename Element>
-  __device__ __forceinline__ float4 apply(float4 v, float factor, const Work& work, int column,
-                                          int extent) const {
-    const float2 b = bias_pair<Element>(bias, work.expert, column, extent);
-    return {fmaf(v.x, factor, b.x), fmaf(v.y, factor, b.y), fmaf(v.z, factor, b.x),
-            fmaf(v.w, factor, b.y)};
+// The change of one warp's 16 rows.
+template <typename Element>
+struct WarpChange {
+  const StoreChange& change;
+  int32_t expert;
+  int64_t row;  // first of the warp
+  int rows;     // that exist, 1 or more
+  int32_t columns;
+  float factor;
+
+  // Of the lane's part of a group of 8 columns, whose first column is `column`.
+  __device__ __forceinline__ float4 apply(float4 v, int column) const {
+    const float2 b = bias_pair<Element>(change.bias, expert, column, columns);
+    const float2 upper = addend(Lane::row(), column);
+    const float2 lower = addend(Lane::row() + 8, column);
+    return {fmaf(v.x, factor, b.x) + upper.x, fmaf(v.y, factor, b.y) + upper.y,
+            fmaf(v.z, factor, b.x) + lower.x, fmaf(v.w, factor, b.y) + lower.y};
+  }
+
+ private:
+  __device__ __forceinline__ float2 addend(int local, int column) const {
+    if (change.addend.data == nullptr || local >= rows || column >= columns) return {0.0f, 0.0f};
+    const Element* at = static_cast<const Element*>(change.addend.data) +
+                        (row + local) * change.addend.stride + column;
+    return unpack_word<Element>(*reinterpret_cast<const uint32_t*>(at));
   }
 };
 
@@ -54,14 +77,17 @@ struct StoreEpilogue {
                  [&](int group) { return packed_groups<Element>(sums, group); });
       return;
     }
-    const float factor = params.change.scale == nullptr ? 1.0f : *params.change.scale;
+    const WarpChange<Element> change = {
+        params.change,
+        work.expert,
+        work.row_begin + place.row,
+        work.rows - place.row,
+        params.columns,
+        params.change.scale == nullptr ? 1.0f : *params.change.scale};
     store_tile(params, work, place, [&](int group) {
       const int column = work.n + group * 8 + Lane::column();
-      return pack_groups<Element>(
-          params.change.template apply<Element>(group_of(sums, group), factor, work, column,
-                                                params.columns),
-          params.change.template apply<Element>(group_of(sums, group + 1), factor, work, column + 8,
-                                                params.columns));
+      return pack_groups<Element>(change.apply(group_of(sums, group), column),
+                                  change.apply(group_of(sums, group + 1), column + 8));
     });
   }
 

@@ -49,6 +49,7 @@ struct UpEpilogue {
     const auto apply = [&](auto function) {
 #pragma unroll
       for (int first = 0; first < kColumns; first += 64) {
+        if (work.n + first >= params.columns) break;
         store_columns(function, params, work, sums, place, first);
       }
     };

@@ -100,7 +100,7 @@ struct WeightGradientEpilogue {
       store.piece(
           first / 64, [&](int group) { return packed_groups<Element>(sums, first / 8 + group); },
           [&](uint32_t slot) {
-            if (Lane::id() == 0) {
+            if (arch::elect_one()) {
               arch::tma_store(slot, map, {work.n + first, work.m + place.row, work.expert});
             }
           });

@@ -8,10 +8,8 @@
 
 #include <string>
 
-#include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/gemm/config.h"
 #include "backends/cuda/gemm/products.h"
-#include "backends/cuda/launch.h"
 #include "penstock/error.h"
 
 namespace penstock::cuda {
@@ -36,16 +34,6 @@ void require_router_size(const TensorView& x) {
                 {"hidden_size", std::to_string(x.size(1)),
                  "a multiple of 8 for a router in " + std::string(name_of(x.dtype)),
                  "Pad x and the router's weight, pass them in float32, or run on the CPU."});
-}
-
-// 0: the combine has a launch of its own, as every combine may.
-int32_t combining_ctas(const GradientBesideCombineArgs& args, const Context& context) {
-  const CombineArgs& combined = args.combine;
-  if (combined.plan.token_offsets.present() || combined.scores.present()) return 0;
-  return combine_ctas(
-      {args.gradient.rows.row_capacity, combined.output.size(0), combined.output.size(1),
-       args.gradient.left.size(1), args.gradient.rows.num_experts()},
-      multiprocessors(context));
 }
 
 }  // namespace
@@ -96,20 +84,6 @@ void launch_up_backward(const UpBackwardArgs& args, const Context& context) {
 
 void launch_weight_gradient(const WeightGradientArgs& args, const Context& context) {
   by_dtype(args.left.dtype, weight_gradient<__nv_bfloat16>, weight_gradient<__half>, args, context);
-}
-
-void launch_weight_gradient_beside_combine(const GradientBesideCombineArgs& args,
-                                           const Context& context) {
-  const WeightGradientArgs& gradient = args.gradient;
-  const int32_t combining = combining_ctas(args, context);
-  if (combining == 0) {
-    launch_weight_gradient(gradient, context);
-    combine(args.combine, context);
-  } else if (gradient.left.dtype == DType::bfloat16) {
-    weight_gradient_beside_combine<__nv_bfloat16>(args, combining, context);
-  } else {
-    weight_gradient_beside_combine<__half>(args, combining, context);
-  }
 }
 
 void launch_router_logits(const RouterLogitsArgs& args, const Context& context) {

@@ -33,8 +33,6 @@ void launch_down_projection(const DownProjectionArgs& args, const Context& conte
 void launch_down_backward(const DownBackwardArgs& args, const Context& context);
 void launch_up_backward(const UpBackwardArgs& args, const Context& context);
 void launch_weight_gradient(const WeightGradientArgs& args, const Context& context);
-void launch_weight_gradient_beside_combine(const GradientBesideCombineArgs& args,
-                                           const Context& context);
 void launch_router_logits(const RouterLogitsArgs& args, const Context& context);
 void launch_router_logits_backward(const RouterLogitsBackwardArgs& args, const Context& context);
 

@@ -15,21 +15,12 @@
 
 namespace penstock::cuda {
 
-// What the last CTAs of a grid do instead of tiles: nothing, unless a product takes something
-// along.
-struct NoCompany {
-  static constexpr bool kPresent = false;
-  struct Params {};
-};
-
-template <typename TileType, typename ScheduleType, typename ProducerType, typename EpilogueType,
-          typename CompanyType = NoCompany>
+template <typename TileType, typename ScheduleType, typename ProducerType, typename EpilogueType>
 struct Gemm {
   using Tile = TileType;
   using Schedule = ScheduleType;
   using Producer = ProducerType;
   using Epilogue = EpilogueType;
-  using Company = CompanyType;
   using Operand = typename Epilogue::Operand;
 
   static constexpr int kStagingBytes = Tile::kConsumerWarps * Epilogue::kWarpStagingBytes;
@@ -49,7 +40,6 @@ struct Gemm {
     typename Producer::Params operands;
     typename Schedule::Params schedule;
     typename Epilogue::Params epilogue;
-    typename Company::Params company;
   };
 };
 
@@ -114,15 +104,18 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
   typename Main::Sums sums;
   if constexpr (G::Operand::kStages > 0) {
     static_assert(TileType::kBlocks == 1, "an operand's stage is read once");
-    const auto early = Epilogue::prefetch(params.epilogue, work, place(0));
-    Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
+    // What is needed early takes two loads, one after the other.
+    const auto where = Epilogue::find(params.epilogue, work, place(0));
+    typename Epilogue::Early early;
+    Main::template run<1>(sums, ring, state, self.group, work.k_tiles,
+                          [&] { early = Epilogue::fetch(params.epilogue, where); });
     OperandStages<Main, typename G::RingType> stages{ring, state};
     Epilogue::run(params.epilogue, work, sums[0], early, place(0), stages);
   } else {
     if (TileType::kBlocks == 1 || rows <= 64) {
-      Main::template run<1>(sums, ring, state, self.group, work.k_tiles);
+      Main::template run<1>(sums, ring, state, self.group, work.k_tiles, [] {});
     } else {
-      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles);
+      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles, [] {});
     }
 #pragma unroll
     for (int block = 0; block < TileType::kBlocks; ++block) {
@@ -162,13 +155,6 @@ __global__ void __launch_bounds__(G::Tile::kThreads, 1)
   if constexpr (G::Tile::kCluster > 1) arch::cluster_sync();
   __syncthreads();
   arch::wait_for_earlier_launches();
-  if constexpr (G::Company::kPresent) {
-    if (G::Company::owns_this_cta(params.company)) {
-      G::Company::run(params.company, base);
-      if constexpr (G::Tile::kCluster > 1) arch::cluster_sync();
-      return;
-    }
-  }
   // One consumer warpgroup leaves every thread 255 registers: nothing to move then.
   if (threadIdx.x < kWarpgroup) {
     if constexpr (G::Tile::kConsumers > 1) arch::registers_decrease<G::Producer::kRegisters>();

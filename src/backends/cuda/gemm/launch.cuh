@@ -30,18 +30,18 @@ inline constexpr DType kDTypeOf = DType::bfloat16;
 template <>
 inline constexpr DType kDTypeOf<__half> = DType::float16;
 
-// `tiles` is an upper bound; a CTA without a tile ends at once. `company` CTAs come on top.
+// `tiles` is an upper bound; a CTA without a tile ends at once.
 template <typename G>
 void launch(const char* name, const typename G::Params& params, int64_t tiles,
-            const Context& context, int64_t company = 0) {
+            const Context& context) {
   if (tiles == 0) return;
   constexpr int64_t kCluster = G::Tile::kCluster;
   const auto kernel = grouped_gemm<G>;
   check(name,
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, G::kSharedBytes));
-  const int64_t most = std::max((multiprocessors(context) - company) / kCluster, int64_t{1});
+  const int64_t most = std::max(multiprocessors(context) / kCluster, int64_t{1});
   const int64_t clusters = std::min((tiles + kCluster - 1) / kCluster, most);
-  const auto ctas = static_cast<unsigned>(clusters * kCluster + company);
+  const auto ctas = static_cast<unsigned>(clusters * kCluster);
   launch_dependent({name, dim3(ctas), G::Tile::kThreads, G::kSharedBytes, kCluster}, context,
                    kernel, params);
 }

@@ -21,10 +21,10 @@ struct Multiply {
   // By block of 64 rows.
   using Sums = float[TileType::kBlocks][TileType::kAccumulators];
 
-  // Sums of the first kLive of the warpgroup's blocks.
-  template <int kLive>
+  // Sums of the first kLive of the warpgroup's blocks; meanwhile() is called under the last products.
+  template <int kLive, typename Meanwhile>
   static __device__ __forceinline__ void run(Sums& sums, const RingType& ring, State& state,
-                                             int group, int k_tiles) {
+                                             int group, int k_tiles, Meanwhile meanwhile) {
     const int first_block = group * TileType::kBlocks;
     int previous = 0;
 #pragma unroll 1
@@ -39,6 +39,7 @@ struct Multiply {
       previous = state.stage();
       state.advance();
     }
+    meanwhile();
     arch::wgmma_wait<0>();
     fence<kLive>(sums);
     release(ring, previous);

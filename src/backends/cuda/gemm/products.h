@@ -18,10 +18,6 @@ template <typename Element>
 void up_backward(const UpBackwardArgs& args, const Context& context);
 template <typename Element>
 void weight_gradient(const WeightGradientArgs& args, const Context& context);
-// The last `combining` CTAs combine tokens of top_k slots each, without scores.
-template <typename Element>
-void weight_gradient_beside_combine(const GradientBesideCombineArgs& args, int32_t combining,
-                                    const Context& context);
 template <typename Element>
 void router_logits(const RouterLogitsArgs& args, const Context& context);
 template <typename Element>

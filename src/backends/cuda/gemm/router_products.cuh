@@ -194,7 +194,7 @@ void router_input_gradient(const RouterLogitsBackwardArgs& args, const SplitPara
       {"router_weight", w.dtype, {w.data, w.data}, 2, 1, 0, w.size(1), 1, w.size(0), w.stride(0)},
       {nullptr, nullptr, 1, static_cast<int32_t>(terms.tokens)},
       terms.tokens};
-  store_rows<Element>(problem, {args.dx, {}, terms.scale + 1}, context);
+  store_rows<Element>(problem, {args.dx, {}, terms.scale + 1, args.addend}, context);
 }
 
 template <typename Element>

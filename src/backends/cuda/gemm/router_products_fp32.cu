@@ -9,6 +9,7 @@
 // tokens, so it is cut into slices that a second launch adds in order.
 #include <algorithm>
 
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/gemm/products.h"
 #include "backends/cuda/gemm/router_scratch.h"
 #include "backends/cuda/launch.h"
@@ -37,6 +38,8 @@ struct Fp32Product {
   int64_t k_slice;  // of one blockIdx.z, a multiple of kStep
   float* out;       // (slices, rows of a, rows of b), rows packed
   int64_t row_stride;
+  const float* addend = nullptr;  // (rows of a, rows of b), null: none
+  int64_t addend_stride = 0;
 };
 
 // kTile x kStep elements of one side, the contiguous axis across neighbouring threads.
@@ -57,6 +60,8 @@ __device__ void load_side(const Side& side, int64_t first_row, int64_t k, int64_
 __global__ void __launch_bounds__(kThreads) fp32_product_kernel(const Fp32Product params) {
   __shared__ float a[kStep][kPadded];
   __shared__ float b[kStep][kPadded];
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kTile;
   const int64_t first_column = static_cast<int64_t>(blockIdx.y) * kTile;
   const int64_t k_begin = blockIdx.z * params.k_slice;
@@ -93,13 +98,20 @@ __global__ void __launch_bounds__(kThreads) fp32_product_kernel(const Fp32Produc
   float* out = params.out + blockIdx.z * params.a.rows * params.row_stride;
   for (int i = 0; i < kPerThread && first_row + row + i < params.a.rows; ++i) {
     for (int j = 0; j < kPerThread && first_column + column + j < params.b.rows; ++j) {
-      out[(first_row + row + i) * params.row_stride + first_column + column + j] = sums[i][j];
+      float sum = sums[i][j];
+      if (params.addend != nullptr) {
+        sum +=
+            params.addend[(first_row + row + i) * params.addend_stride + first_column + column + j];
+      }
+      out[(first_row + row + i) * params.row_stride + first_column + column + j] = sum;
     }
   }
 }
 
 __global__ void __launch_bounds__(kThreads)
     add_slices_kernel(const float* partials, int32_t slices, int64_t count, float* out) {
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= count) return;
   float sum = 0.0f;
@@ -112,8 +124,7 @@ void launch_product(const Fp32Product& product, const char* name, const Context&
   const dim3 grid(static_cast<unsigned>(ceil_div(product.a.rows, kTile)),
                   static_cast<unsigned>(ceil_div(product.b.rows, kTile)),
                   static_cast<unsigned>(slices));
-  fp32_product_kernel<<<grid, kThreads, 0, stream_of(context)>>>(product);
-  check_launch(name);
+  launch_dependent({name, grid, kThreads}, context, fp32_product_kernel, product);
 }
 
 void weight_gradient_fp32(const RouterLogitsBackwardArgs& args, const Context& context) {
@@ -132,9 +143,9 @@ void weight_gradient_fp32(const RouterLogitsBackwardArgs& args, const Context& c
   const int64_t count = num_experts * hidden_size;
   const auto used = static_cast<int32_t>(
       std::max<int64_t>(1, ceil_div(num_tokens, std::max<int64_t>(slice, kStep))));
-  add_slices_kernel<<<static_cast<unsigned>(ceil_div(count, kThreads)), kThreads, 0,
-                      stream_of(context)>>>(partials, used, count, args.drouter_weight.as<float>());
-  check_launch("add_slices_kernel");
+  const dim3 blocks(static_cast<unsigned>(ceil_div(count, kThreads)));
+  launch_dependent({"add_slices_kernel", blocks, kThreads}, context, add_slices_kernel, partials,
+                   used, count, args.drouter_weight.as<float>());
 }
 
 }  // namespace
@@ -160,7 +171,8 @@ void router_logits_backward<float>(const RouterLogitsBackwardArgs& args, const C
     const Side weight = {args.router_weight.as<float>(), 1, args.router_weight.stride(0),
                          args.x.size(1)};
     launch_product({dlogits, weight, num_experts, ceil_div(num_experts, kStep) * kStep,
-                    args.dx.as<float>(), args.dx.stride(0)},
+                    args.dx.as<float>(), args.dx.stride(0), args.addend.as<float>(),
+                    args.addend.present() ? args.addend.stride(0) : 0},
                    "router input gradient", context);
   }
   if (args.drouter_weight.present()) weight_gradient_fp32(args, context);

@@ -180,7 +180,6 @@ struct ColumnScheduleParams {
   const uint8_t* trainable;  // null: all experts
   AxisTiles m;
   AxisTiles n;
-  int32_t other_ctas;  // of the grid, its last, which do something else
 };
 
 enum class Axis : uint8_t { m, n };
@@ -203,8 +202,7 @@ class ColumnSchedule {
     // Whole clusters: a tile past the axis loads zeros and stores nothing.
     const int32_t listed = (fast.tiles * fast.halves + kCluster - 1) / kCluster * kCluster;
     const int32_t per_expert = listed * slow.tiles * slow.halves;
-    const int32_t step = static_cast<int32_t>(gridDim.x) - params_.other_ctas;
-    for (; tile_ < per_expert * params_.groups.num_experts; tile_ += step) {
+    for (; tile_ < per_expert * params_.groups.num_experts; tile_ += gridDim.x) {
       work.expert = quotient_of(tile_, per_expert);
       if (params_.trainable != nullptr && params_.trainable[work.expert] == 0) continue;
       const int32_t index = tile_ - work.expert * per_expert;
@@ -216,7 +214,7 @@ class ColumnSchedule {
       work.row_begin = params_.groups.offset(work.expert);
       work.k_tiles = (work.rows + 63) / 64;
       work.direct = kCluster == 2 ? Direct::shared : Direct::own;
-      tile_ += step;
+      tile_ += static_cast<int32_t>(gridDim.x);
       return true;
     }
     return false;

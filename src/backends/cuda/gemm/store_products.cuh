@@ -23,7 +23,7 @@ struct StoreLauncher {
     using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
     launch_rows<G, kWideTileN>(problem,
                                {row_target<Element>("output rows", output.out, 1),
-                                {bias_of(output.bias), output.scale},
+                                {bias_of(output.bias), output.scale, rows_of(output.addend)},
                                 static_cast<int32_t>(problem.b.n_extent)},
                                context);
   }
@@ -31,6 +31,8 @@ struct StoreLauncher {
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {
+  if (output.addend.present())
+    require_vectors("addend", output.addend.data, {output.addend.stride(0)});
   if (problem.low_rank.present()) return adapted_store_rows<Element>(problem, output, context);
   if (problem.b.n_extent <= kThinTileN) return thin_rows<Element>(problem, output, context);
   with_row_tile(problem, StoreLauncher<Element, ContiguousRows>{problem, output, context});

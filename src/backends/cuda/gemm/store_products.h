@@ -12,7 +12,8 @@ struct RowProblem;
 struct StoreOutput {
   TensorView out;
   GroupedVector bias;
-  const float* scale;  // null: 1
+  const float* scale;      // null: 1
+  TensorView addend = {};  // as out; absent: none
 };
 
 template <typename Element>

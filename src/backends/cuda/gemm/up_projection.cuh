@@ -19,9 +19,11 @@ struct UpProjectionLauncher {
   template <int kTileM, Major kMajor>
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
-    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
+    // Of one warpgroup's wide tile ptxas would have all of a plain activation under way, and spill.
+    constexpr int kTileN = kTileM == 64 && kGating == Gating::plain ? kWideTileN / 2 : kWideTileN;
+    using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, kHalves, Producer, UpEpilogue<TileType, kGating>>;
-    launch_rows<G, kWideTileN / kHalves>(problem, epilogue, context);
+    launch_rows<G, kTileN / kHalves>(problem, epilogue, context);
   }
 };
 

@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_slot_end(uint32_t slot, Element* out, int64
   }
 }
 
-// All lanes of the warp call everything together; a tile uses an even number of slots.
+// All lanes of the warp call everything together.
 template <typename Element>
 class WarpStore {
  public:
@@ -56,12 +56,16 @@ class WarpStore {
   __device__ explicit WarpStore(const uint8_t* staging)
       : slots_(arch::shared_address(staging)), lane_(slots_ + slot_lane_offset()) {}
 
-  // Fills slot `index % 2` with packed(group) of groups 0, 2, 4 and 6 of 8 columns and has
-  // copy(slot) start its copy by one lane, or make it by all.
+  // Piece `index` of a tile, counted from 0: fills a slot with packed(group) of groups 0, 2, 4 and 6
+  // of 8 columns and has copy(slot) start its copy by one lane, or make it by all.
   template <typename Packed, typename Copy>
   __device__ __forceinline__ void piece(int index, Packed packed, Copy copy) const {
     const uint32_t slot = index % 2 * kSlotBytes;
-    arch::bulk_wait_read<1>();
+    if (index == 0) {
+      arch::bulk_wait_read<0>();  // an earlier tile's
+    } else {
+      arch::bulk_wait_read<1>();
+    }
     __syncwarp();
 #pragma unroll
     for (int group = 0; group < 8; group += 2) {
@@ -80,7 +84,7 @@ class WarpStore {
                                               SlotExtent extent, int64_t half_stride,
                                               uint32_t slot) {
     if (extent.rows >= kSlotRows) {
-      if (Lane::id() == 0) arch::tma_store(slot, &target.map, at);
+      if (arch::elect_one()) arch::tma_store(slot, &target.map, at);
       return;
     }
     Element* out = static_cast<Element*>(target.rows.data) + at.c2 * target.rows.stride +

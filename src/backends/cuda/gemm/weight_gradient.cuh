@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // out_e (+)= sum over the rows of e of left_r^T right_r. The side whose columns are contiguous in
-// the output is the kernel's right side; weights kept the other way round swap the two sides. The
-// last CTAs of a grid may combine dX meanwhile.
+// the output is the kernel's right side; weights kept the other way round swap the two sides.
 #pragma once
 
-#include "backends/cuda/bandwidth/combine_company.cuh"
 #include "backends/cuda/gemm/epilogue_weight_gradient.cuh"
 #include "backends/cuda/gemm/launch.cuh"
 
@@ -40,24 +38,16 @@ ColumnSide column_side(const GradientSide& side, int64_t row_capacity) {
   return result;
 }
 
-// A combine that some of the grid's CTAs compute, or none.
-struct Company {
-  const CombineArgs* combine = nullptr;
-  int32_t ctas = 0;
-};
-
 template <typename Element, Gathered kGathered>
 void launch_gradient(const GradientSide& left, const GradientSide& right,
                      const WeightGradientArgs& args, const WeightGradientEpilogueParams& epilogue,
-                     const Company& company, const Context& context) {
+                     const Context& context) {
   constexpr int kTileM = kGathered == Gathered::left ? kGatheredTile : kDirectTile;
   constexpr int kTileN = kGathered == Gathered::left ? kDirectTile : kGatheredTile;
   constexpr Axis kFastest = kGathered == Gathered::left ? Axis::m : Axis::n;
   using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, 2>;
   using G = Gemm<TileType, ColumnSchedule<TileType, kFastest>, GatheredColumns<TileType, kGathered>,
-                 WeightGradientEpilogue<TileType>, CombineCompany<TileType>>;
-  static_assert(CombineCompany<TileType>::kSharedBytes <= G::kSharedBytes - G::kAlignment,
-                "the combine's ring lies in the shared memory of the product's");
+                 WeightGradientEpilogue<TileType>>;
   const GradientSide& gathered = kGathered == Gathered::left ? left : right;
   typename G::Params params = {};
   params.operands.left = column_side<Element>(left, args.rows.row_capacity);
@@ -71,14 +61,12 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   params.schedule = {groups_of(args.rows),
                      args.trainable.present() ? args.trainable.template as<uint8_t>() : nullptr,
                      {tiles(epilogue.rows, kTileM), left.halves},
-                     {tiles(epilogue.columns, kTileN), right.halves},
-                     company.ctas};
+                     {tiles(epilogue.columns, kTileN), right.halves}};
   params.epilogue = epilogue;
-  if (company.ctas > 0) params.company = {combine_params(*company.combine), company.ctas};
   const auto along = [](const AxisTiles& axis) { return int64_t{axis.tiles} * axis.halves; };
   // An odd axis gets one more tile, so this bound counts both axes as if they did.
   const int64_t per_expert = (along(params.schedule.m) + 1) * (along(params.schedule.n) + 1);
-  launch<G>("weight_gradient", params, per_expert * args.rows.num_experts(), context, company.ctas);
+  launch<G>("weight_gradient", params, per_expert * args.rows.num_experts(), context);
 }
 
 // One half of the output where TMA stores it; fp32 gradients and added ones are stored by threads.
@@ -95,8 +83,7 @@ CUtensorMap gradient_map(const WeightGradientEpilogueParams& epilogue, const Gro
 }
 
 template <typename Element>
-void weight_gradient_with(const WeightGradientArgs& args, const Company& company,
-                          const Context& context) {
+void weight_gradient(const WeightGradientArgs& args, const Context& context) {
   if (args.left_access == RowAccess::gathered && args.right_access == RowAccess::gathered) {
     throw Error(ErrorCode::unsupported,
                 {"weight_gradient", "both sides gathered", "at most one gathered side",
@@ -131,21 +118,10 @@ void weight_gradient_with(const WeightGradientArgs& args, const Company& company
                           out.expert_stride, stride};
   }
   if (left.access == RowAccess::gathered) {
-    launch_gradient<Element, Gathered::left>(left, right, args, epilogue, company, context);
+    launch_gradient<Element, Gathered::left>(left, right, args, epilogue, context);
   } else {
-    launch_gradient<Element, Gathered::right>(left, right, args, epilogue, company, context);
+    launch_gradient<Element, Gathered::right>(left, right, args, epilogue, context);
   }
-}
-
-template <typename Element>
-void weight_gradient(const WeightGradientArgs& args, const Context& context) {
-  weight_gradient_with<Element>(args, {}, context);
-}
-
-template <typename Element>
-void weight_gradient_beside_combine(const GradientBesideCombineArgs& args, int32_t combining,
-                                    const Context& context) {
-  weight_gradient_with<Element>(args.gradient, {&args.combine, combining}, context);
 }
 
 }  // namespace penstock::cuda

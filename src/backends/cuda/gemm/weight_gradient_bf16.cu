@@ -6,7 +6,5 @@
 namespace penstock::cuda {
 
 template void weight_gradient<__nv_bfloat16>(const WeightGradientArgs&, const Context&);
-template void weight_gradient_beside_combine<__nv_bfloat16>(const GradientBesideCombineArgs&,
-                                                            int32_t, const Context&);
 
 }  // namespace penstock::cuda

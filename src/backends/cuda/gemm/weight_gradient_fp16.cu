@@ -6,7 +6,5 @@
 namespace penstock::cuda {
 
 template void weight_gradient<__half>(const WeightGradientArgs&, const Context&);
-template void weight_gradient_beside_combine<__half>(const GradientBesideCombineArgs&, int32_t,
-                                                     const Context&);
 
 }  // namespace penstock::cuda

@@ -94,34 +94,6 @@ TEST(ScorePartials, AreOneATile) {
   EXPECT_EQ(score_partials_of(264), 2);
 }
 
-// T, d, n, E, K of tests/cases/shapes.json, gated.
-BesideSizes sizes_of(int64_t tokens, int64_t d, int64_t n, int64_t experts, int64_t top_k) {
-  return {tokens * top_k, tokens, d, 2 * n, experts};
-}
-
-TEST(CombineCtas, AreAPairwiseShareWhereTheWeightGradientIsBoundByProducts) {
-  const BesideSizes fine = sizes_of(24576, 1536, 256, 128, 8);
-  const BesideSizes coarse = sizes_of(32768, 2048, 1024, 64, 8);
-  EXPECT_GE(combine_ctas(fine, 132), 14);
-  EXPECT_LE(combine_ctas(fine, 132), 24);
-  EXPECT_GE(combine_ctas(coarse, 132), 4);
-  EXPECT_LE(combine_ctas(coarse, 132), 10);
-  for (const int64_t multiprocessors : {16, 64, 114, 131, 132}) {
-    for (const BesideSizes& sizes : {fine, coarse}) {
-      EXPECT_EQ(combine_ctas(sizes, multiprocessors) % 2, 0);
-      EXPECT_LE(combine_ctas(sizes, multiprocessors), multiprocessors / 4);
-    }
-  }
-}
-
-TEST(CombineCtas, AreNoneWhereNothingIsGained) {
-  // Writing the gradients of hardly used weights is bound by memory, as a combine is.
-  EXPECT_EQ(combine_ctas(sizes_of(1024, 2048, 1024, 64, 8), 132), 0);
-  EXPECT_EQ(combine_ctas(sizes_of(1, 2048, 1024, 64, 8), 132), 0);
-  EXPECT_EQ(combine_ctas(sizes_of(0, 2048, 1024, 64, 8), 132), 0);
-  EXPECT_EQ(combine_ctas(sizes_of(24576, 1536, 256, 128, 8), 7), 0);
-}
-
 TEST(RouterScratch, HoldsEveryPieceApart) {
   const RouterScratch scratch = router_scratch({1000, 264, 61, DType::bfloat16, {}});
   EXPECT_EQ(scratch.padded_experts, 64);

@@ -164,7 +164,8 @@ struct AmxGemm {
     result.k_block = 512;
     result.k_per_word = 2;
     result.word_unit = kTileSide;
-    result.left_rows = LeftRows::packed;
+    result.left_rows = Taken::packed;
+    result.columns = Taken::packed;
     result.pack_a = RowPacker<V>::pack;
     result.pack_b = pack_whole_steps<V>;
     result.multiply = multiply;

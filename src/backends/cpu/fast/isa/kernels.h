@@ -55,16 +55,30 @@ enum class TileMode : uint8_t {
   round_to_bf16_past_caches,
 };
 
+// Memory that the caller will read after this block: `bytes` from each of `count` addresses on.
+// They are fetched into the second cache while the block is multiplied.
+struct ReadNext {
+  const void* const* at;
+  int64_t count;
+  int64_t bytes;
+};
+
 // c(i, j) = or += sum_k a(i, k) b(j, k): one chain of multiply-adds over k for each element, the
 // same wherever the element sits. Columns of c up to a multiple of nr are written.
 //
-// a is packed, or read where it is: then a_rows[i] is where row i's consecutive words of k begin.
+// a is packed, or read where it is: a_rows[i] is where row i's consecutive words of k begin, or
+// a_columns[k] where the word k of consecutive rows begins.
+// b is packed; or it is one whole panel still to be packed, b_columns[k] is where the word k of its
+// columns begins, and it lies packed at b afterwards.
 struct BlockArgs {
   const uint32_t* a;
   int64_t a_panel_stride;
-  const void* const* a_rows;  // null: packed
-  const uint32_t* b;
+  const void* const* a_rows;     // null: packed, or by columns
+  const void* const* a_columns;  // null: packed, or by rows
+  uint32_t* b;
   int64_t b_panel_stride;
+  const void* const* b_columns;  // null: packed
+  ReadNext next;
   int64_t words;  // of k, in a panel
   int64_t rows;
   int64_t cols;
@@ -73,8 +87,10 @@ struct BlockArgs {
   TileMode mode;
 };
 
-// How multiply takes the left operand.
-enum class LeftRows : uint8_t { packed, packed_or_in_place };
+inline constexpr int64_t kMaxBlockK = 1024;  // the largest k_block: callers' tables have its size
+
+// How multiply takes an operand.
+enum class Taken : uint8_t { packed, packed_or_in_place };
 
 struct GemmKernels {
   int64_t mr;             // width of a's panels
@@ -84,7 +100,8 @@ struct GemmKernels {
   int64_t word_unit;      // words of k in a panel are filled up with zeros to a multiple of this
   int64_t a_panel_spill;  // words past the end of a panel that packing may overwrite
   int64_t b_panel_spill;
-  LeftRows left_rows;
+  Taken left_rows;  // as a_rows
+  Taken columns;    // as a_columns and b_columns
   void (*pack_a)(const PackArgs& args);
   void (*pack_b)(const PackArgs& args);
   void (*multiply)(const BlockArgs& args);
