@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import skip_init
 
 from penstock.errors import invalid
 from penstock.hf._gates import Gate, recognise_projections
@@ -175,12 +176,14 @@ def _recognise(expert: nn.Module, linears: list[str]) -> tuple[tuple[str, ...], 
     """The order of the Linears in which the expert is one of the engine's, tried on a small one."""
     twin = copy.copy(expert)
     twin.__dict__["_modules"] = dict(expert._modules)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     small = {}
     for name in linears:
-        small[name] = twin._modules[name] = nn.Linear(
-            _TRIAL_SIZE, _TRIAL_SIZE, getattr(expert, name).bias is not None, dtype=torch.float64
-        )
+        bias = getattr(expert, name).bias is not None
+        sizes = (_TRIAL_SIZE, _TRIAL_SIZE, bias)
+        # Without its own initialisation, which would draw from the caller's random numbers.
+        small[name] = skip_init(nn.Linear, *sizes, device="cpu", dtype=torch.float64)
+        twin._modules[name] = small[name]
         for parameter in small[name].parameters():
             parameter.data.normal_(generator=generator)
     for order in itertools.permutations(linears):

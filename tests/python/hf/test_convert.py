@@ -127,6 +127,13 @@ def test_the_report_says_what_moved_and_parameters_stay_the_same_objects():
     step(block, x)
 
 
+def test_nothing_is_drawn_from_the_callers_random_numbers():
+    block, _ = block_and_input()
+    before = torch.get_rng_state()
+    penstock.hf.patch(block, convert=CONVERT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_gradients_are_parts_of_one_tensor():
     block, x = block_and_input()
     penstock.hf.patch(block, convert=CONVERT)
