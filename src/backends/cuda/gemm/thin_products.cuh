@@ -22,7 +22,7 @@ struct ThinLauncher {
     using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
     launch_rows<G, kThinTileN>(problem,
                                {row_target<Element>("output rows", output.out, 1),
-                                {bias_of(output.bias), output.scale},
+                                {bias_of(output.bias), output.scale, rows_of(output.addend)},
                                 static_cast<int32_t>(problem.b.n_extent)},
                                context);
   }
