@@ -91,7 +91,7 @@ class AdaptedBackward {
   void up() {
     LowRankTerm term;
     if (v1_.present()) term = {v1_, {transposed(factor_of(args_.adapters.up_a))}};
-    call_.up(BackwardPass::data, {0, problem_.hidden_size}, term);
+    call_.up({0, problem_.hidden_size}, term);
   }
 
  private:

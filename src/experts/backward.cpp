@@ -2,7 +2,7 @@
 //
 // The backward pass, whole or in two halves. In order: (recompute H under SavePolicy::input),
 // down_backward (dH, A' and the partial sums of dS), score_gradient, dW2 and db2; for each block of
-// columns up_backward (dX~), combine (dX), dW1; db1.
+// columns up_backward (dX~), combine (dX); dW1 and db1.
 #include <algorithm>
 
 #include "backend/registry.h"
@@ -41,8 +41,8 @@ void run(const ExpertsBackwardArgs& args, BackwardPass pass, const Context& cont
   if (pass != BackwardPass::data) call.down_weight_gradients();
   const int64_t width = columns_at_a_time(problem);
   for (int64_t first = 0; first < problem.hidden_size; first += width)
-    call.up(pass, {first, std::min(width, problem.hidden_size - first)}, {});
-  if (pass != BackwardPass::data) call.up_bias_gradient();
+    call.up({first, std::min(width, problem.hidden_size - first)}, {});
+  if (pass != BackwardPass::data) call.up_weight_gradients();
 }
 
 int64_t bytes_of(const ExpertsProblem& problem, BackwardPass pass, const Context& context) {

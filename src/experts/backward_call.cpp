@@ -76,27 +76,26 @@ void BackwardCall::down_weight_gradients() {
                            context_);
 }
 
-void BackwardCall::up(BackwardPass pass, const HiddenColumns& columns, const LowRankTerm& term) {
-  const bool wants_dx = pass != BackwardPass::weights && args_.dx.present();
+void BackwardCall::up(const HiddenColumns& columns, const LowRankTerm& term) {
+  if (!args_.dx.present()) return;
   const bool dispatched = args_.plan.dispatched();
-  if (wants_dx) {
-    const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
-    backend_.up_backward({rows_, dh_, columns_of(up_, columns), dx_rows, scratch_, term}, context_);
-    if (!dispatched)
-      backend_.combine({args_.plan, dx_rows, TensorView{}, columns_of(args_.dx, columns)},
-                       context_);
-  }
-  if (pass != BackwardPass::data && args_.weight_grads.into.w1.present())
-    backend_.weight_gradient(up_weight_gradient_args(columns), context_);
+  const TensorView dx_rows = dispatched ? args_.dx : row_view(dx_rows_, columns.count, problem_);
+  backend_.up_backward({rows_, dh_, columns_of(up_, columns), dx_rows, scratch_, term}, context_);
+  if (!dispatched)
+    backend_.combine({args_.plan, dx_rows, TensorView{}, columns_of(args_.dx, columns)}, context_);
 }
 
-void BackwardCall::up_bias_gradient() {
+void BackwardCall::up_weight_gradients() {
   const WeightGrads& grads = args_.weight_grads;
   const UpWeights out = up_weights_of(grads.into, args_.config);
-  if (!out.b[0].present()) return;
-  backend_.bias_gradient({rows_, dh_, RowAccess::direct, TensorView{}, out.b, out.halves,
-                          grads.mode, grads.trainable, scratch_},
-                         context_);
+  if (out.w[0].present())
+    backend_.weight_gradient({rows_, dh_, RowAccess::direct, args_.x, RowAccess::gathered, out.w,
+                              out.halves, grads.mode, grads.trainable, scratch_},
+                             context_);
+  if (out.b[0].present())
+    backend_.bias_gradient({rows_, dh_, RowAccess::direct, TensorView{}, out.b, out.halves,
+                            grads.mode, grads.trainable, scratch_},
+                           context_);
 }
 
 bool BackwardCall::wants_row_gradients() const {
@@ -107,21 +106,6 @@ bool BackwardCall::wants_row_gradients() const {
 
 TensorView BackwardCall::buffer(const Buffer& place, int64_t width) const {
   return row_view(address_of(args_.workspace, place), width, problem_);
-}
-
-WeightGradientArgs BackwardCall::up_weight_gradient_args(const HiddenColumns& columns) const {
-  const WeightGrads& grads = args_.weight_grads;
-  const UpWeights out = columns_of(up_weights_of(grads.into, args_.config), columns);
-  return {rows_,
-          dh_,
-          RowAccess::direct,
-          columns_of(args_.x, columns),
-          RowAccess::gathered,
-          out.w,
-          out.halves,
-          grads.mode,
-          grads.trainable,
-          scratch_};
 }
 
 }  // namespace penstock

@@ -23,9 +23,9 @@ class BackwardCall {
   // dH, A' and dS from H.
   void down(const TensorView& h, const LowRankTerm& term);
   void down_weight_gradients();
-  // dX~ in some columns, dX from it, and dW1 in the same columns.
-  void up(BackwardPass pass, const HiddenColumns& columns, const LowRankTerm& term);
-  void up_bias_gradient();
+  // dX~ in some columns, and dX from it.
+  void up(const HiddenColumns& columns, const LowRankTerm& term);
+  void up_weight_gradients();
 
   bool wants_row_gradients() const;
 
@@ -37,8 +37,6 @@ class BackwardCall {
   TensorView buffer(const Buffer& place, int64_t width) const;
 
  private:
-  WeightGradientArgs up_weight_gradient_args(const HiddenColumns& columns) const;
-
   const ExpertsBackwardArgs& args_;
   const ExpertsProblem& problem_;
   const Backend& backend_;

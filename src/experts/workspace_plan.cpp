@@ -23,8 +23,8 @@ enum BackwardLaunch : int {
   kUpFactorGradient,
   kUpAdapterGradients,
   kUpBackward,
-  kUpWeightGradient,
   kCombineGradient,
+  kUpWeightGradient,
 };
 
 int64_t aligned(int64_t offset) {
@@ -137,7 +137,7 @@ BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass
                       {&plan.u2, kDownWeightGradient, kDownWeightGradient},
                       {&plan.v1, kUpFactorGradient, kUpBackward},
                       {&plan.v2, kDownFactorGradient, kDownWeightGradient},
-                      {&plan.scratch, kUpFactorAgain, kCombineGradient}});
+                      {&plan.scratch, kUpFactorAgain, kUpWeightGradient}});
   return plan;
 }
 

@@ -6,8 +6,8 @@
 //
 //   launch          forward: U1, up_projection, U2, down_projection, combine
 //                   backward: U1, recompute H, V2, down_backward, score_gradient, dW2 and db2 (of
-//                             adapters: dA2 and dB2), V1, dA1 and dB1, up_backward, dW1 and db1,
-//                             combine
+//                             adapters: dA2 and dB2), V1, dA1 and dB1, up_backward, combine,
+//                             dW1 and db1
 //   H and dH        one buffer: down_backward writes dH over H, element by element; that of the
 //                   kept H, where the pass may overwrite it
 //   dX~             over A' and the partial sums, which are dead by then
