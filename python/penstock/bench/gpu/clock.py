@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times actions on a GPU in turn, each with cold caches, and sums up the samples.
 
-A round runs every action once, and another one begins each time, so that clocks and temperature
-fall on all alike. Between two actions 256 MiB are written, several times the second-level cache.
-The clock is a pair of CUDA events around the action: for an eager call that includes the launches
-the GPU had to wait for.
+A round runs every action once, in an order of its own, so that clocks and temperature fall on all
+alike: after an action that waits for memory, a chip at its power limit runs faster for a while, and
+in a fixed order one action would always profit. Between two actions 256 MiB are written, several
+times the second-level cache. The clock is a pair of CUDA events around the action: for an eager call
+that includes the launches the GPU had to wait for.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -34,10 +36,9 @@ def summary(samples: list[float]) -> Summary:
     return Summary(statistics.median(ordered), ordered[quarter], ordered[-1 - quarter])
 
 
-def rotated(names: list[str], round_index: int) -> list[str]:
-    """The order of one round: everyone begins a round equally often."""
-    first = round_index % len(names)
-    return names[first:] + names[:first]
+def order_of(names: list[str], round_index: int) -> list[str]:
+    """The order of one round: drawn, the same on every machine."""
+    return random.Random(round_index).sample(names, len(names))
 
 
 def time_in_turn(actions: dict[str, Action], rounds: int) -> dict[str, Summary]:
@@ -49,7 +50,7 @@ def time_in_turn(actions: dict[str, Action], rounds: int) -> dict[str, Summary]:
     names = list(actions)
     for round_index in range(rounds + WARM_UP_ROUNDS):
         events = {}
-        for name in rotated(names, round_index):
+        for name in order_of(names, round_index):
             flush.zero_()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

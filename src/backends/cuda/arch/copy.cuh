@@ -40,8 +40,8 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t destination, const C
       : "memory");
 }
 
-// True in one lane of a full warp, always the same one, which the compiler knows to be alone: behind a
-// comparison of lane ids it wraps every TMA store in a loop over the lanes.
+// True in one lane of a full warp, always the same one, which the compiler knows to be alone:
+// behind a comparison of lane ids it wraps every TMA store in a loop over the lanes.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile(
@@ -54,14 +54,14 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// One box from shared memory into a 3-D tensor; elements outside the tensor are dropped. The copy is
-// part of the calling thread's next bulk_commit.
-__device__ __forceinline__ void tma_store(uint32_t source, const CUtensorMap* map,
-                                          Coordinates at) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::
-                   "l"(reinterpret_cast<uint64_t>(map)),
-               "r"(source), "r"(at.c0), "r"(at.c1), "r"(at.c2)
-               : "memory");
+// One box from shared memory into a 3-D tensor; elements outside the tensor are dropped. The copy
+// is part of the calling thread's next bulk_commit.
+__device__ __forceinline__ void tma_store(uint32_t source, const CUtensorMap* map, Coordinates at) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          reinterpret_cast<uint64_t>(map)),
+      "r"(source), "r"(at.c0), "r"(at.c1), "r"(at.c2)
+      : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() {

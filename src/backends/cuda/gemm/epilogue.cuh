@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What all epilogues share: one warp's 16 rows of accumulators, how they are packed, and the piece of
-// shared memory through which fp32 results become 16-byte accesses of whole rows (results of the
+// What all epilogues share: one warp's 16 rows of accumulators, how they are packed, and the piece
+// of shared memory through which fp32 results become 16-byte accesses of whole rows (results of the
 // tile's own type: warp_store.cuh). Each warp works alone, so an epilogue needs no barrier but
 // __syncwarp.
 //
@@ -68,8 +68,9 @@ __device__ __forceinline__ float2 unpack_word(uint32_t word) {
   return Pair<Element>::unpack(reinterpret_cast<const typename Pair<Element>::Type&>(word));
 }
 
-// Two neighbouring groups of 8 columns as a lane holds them, rounded and packed: (group, upper row),
-// (group, lower row), then the next group's. What stmatrix stores and ldmatrix loads at a time.
+// Two neighbouring groups of 8 columns as a lane holds them, rounded and packed: (group, upper
+// row), (group, lower row), then the next group's. What stmatrix stores and ldmatrix loads at a
+// time.
 struct PackedGroups {
   uint32_t at[4];
 };
@@ -80,7 +81,8 @@ __device__ __forceinline__ PackedGroups pack_groups(float4 first, float4 second)
            pack_word<Element>(second.x, second.y), pack_word<Element>(second.z, second.w)}};
 }
 
-// 16 rows x 32 columns of fp32 in shared memory, written in the accumulator layout and read by rows.
+// 16 rows x 32 columns of fp32 in shared memory, written in the accumulator layout and read by
+// rows.
 struct WidePiece {
   static constexpr int kColumns = 32;
   static constexpr int kGroups = kColumns / 8;

@@ -5,11 +5,11 @@
 //   partials_{r, tile} = sum over the tile's columns of G A     (fp32, both unrounded)
 //   dH_r = act'(H_r) (s G_r)        A'_r = s A_r                (each rounded once)
 //
-// H comes through the ring, 64 columns of gate and of up a stage, so that the producer fetches it while
-// products run. A warp turns its 16 rows of a stage into dH where they are, writes A' behind them, and
-// lets TMA store both; the stage goes back once they are read. dH may be H itself: a tile's H has
-// arrived before any of it is written. The partial sums are reduced over a quad's columns in fixed
-// order.
+// H comes through the ring, 64 columns of gate and of up a stage, so that the producer fetches it
+// while products run. A warp turns its 16 rows of a stage into dH where they are, writes A' behind
+// them, and lets TMA store both; the stage goes back once they are read. dH may be H itself: a
+// tile's H has arrived before any of it is written. The partial sums are reduced over a quad's
+// columns in fixed order.
 #pragma once
 
 #include "backends/cuda/gemm/epilogue_up.cuh"
@@ -92,9 +92,8 @@ struct DownBackwardEpilogue {
   static __device__ __forceinline__ void run(const Params& params, const Work& work,
                                              const Sums& sums, const Early& early,
                                              const WarpPlace& place, Stages& stages) {
-    const auto apply = [&](auto function) {
-      columns(function, params, work, sums, early, place, stages);
-    };
+    const Task task = {params, work, place};
+    const auto apply = [&](auto function) { columns(function, task, sums, early, stages); };
     if constexpr (kGating == Gating::gated) {
       visit_gated(params.activation.kind, apply);
     } else {
@@ -111,12 +110,23 @@ struct DownBackwardEpilogue {
     uint32_t scaled[4];  // A'
   };
 
+  struct Task {
+    const Params& params;
+    const Work& work;
+    const WarpPlace& place;
+  };
+  // Scores and running partial sums of the lane's two rows.
+  struct RowPair {
+    Early early;
+    float partial[2];
+  };
+
   template <typename Function, typename Stages>
-  static __device__ __forceinline__ void columns(Function function, const Params& params,
-                                                 const Work& work, const Sums& sums,
-                                                 const Early& early, const WarpPlace& place,
+  static __device__ __forceinline__ void columns(Function function, const Task& task,
+                                                 const Sums& sums, const Early& early,
                                                  Stages& stages) {
-    float partial[2] = {0.0f, 0.0f};
+    const auto& [params, work, place] = task;
+    RowPair rows = {early, {0.0f, 0.0f}};
     const uint32_t offset = slot_lane_offset();
 #pragma unroll
     for (int chunk = 0; chunk < Operand::kStages; ++chunk) {
@@ -132,7 +142,7 @@ struct DownBackwardEpilogue {
             arch::load_matrix(at + half * kPartBytes, batch.half[half]);
           }
           differentiate(function, params.activation, sums, {chunk * 8 + group, valid - group * 8},
-                        early, batch, partial);
+                        batch, rows);
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
             arch::store_matrix(at + half * kPartBytes, batch.half[half]);
@@ -144,9 +154,9 @@ struct DownBackwardEpilogue {
       arch::bulk_wait_read<0>();
       if (chunk > 0) stages.give_back_second_last();
       __syncwarp();
-      store(params, work, place, slab, chunk * 64);
+      store(task, slab, chunk * 64);
     }
-    if (params.partials.data != nullptr) store_partials(params, work, place, partial);
+    if (params.partials.data != nullptr) store_partials(task, rows.partial);
     arch::bulk_wait_read<0>();
     stages.give_back_last();
   }
@@ -161,12 +171,11 @@ struct DownBackwardEpilogue {
   template <typename Function>
   static __device__ __forceinline__ void differentiate(Function, const ActivationParams& activation,
                                                        const Sums& sums, const Groups2& groups,
-                                                       const Early& early, Batch& batch,
-                                                       float (&partial)[2]) {
+                                                       Batch& batch, RowPair& rows) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = 4 * groups.first + 2 * i;
-      const float score = early.score[i % 2];
+      const float score = rows.early.score[i % 2];
       const float2 g = {sums[at], sums[at + 1]};
       const float2 first = unpack_word<Element>(batch.half[0][i]);
       float2 value;
@@ -185,13 +194,13 @@ struct DownBackwardEpilogue {
         value = {low.value, high.value};
       }
       batch.scaled[i] = pack_word<Element>(score * value.x, score * value.y);
-      partial[i % 2] += i / 2 * 8 < groups.valid ? g.x * value.x + g.y * value.y : 0.0f;
+      rows.partial[i % 2] += i / 2 * 8 < groups.valid ? g.x * value.x + g.y * value.y : 0.0f;
     }
   }
 
   // dH and A' of one stage, columns `first` on of the tile.
-  static __device__ __forceinline__ void store(const Params& params, const Work& work,
-                                               const WarpPlace& place, uint32_t slab, int first) {
+  static __device__ __forceinline__ void store(const Task& task, uint32_t slab, int first) {
+    const auto& [params, work, place] = task;
     const SlotExtent extent = {work.rows - place.row, params.columns - work.n - first};
     const auto row = static_cast<int32_t>(work.row_begin + place.row);
 #pragma unroll
@@ -204,8 +213,8 @@ struct DownBackwardEpilogue {
     arch::bulk_commit();
   }
 
-  static __device__ void store_partials(const Params& params, const Work& work,
-                                        const WarpPlace& place, const float (&partial)[2]) {
+  static __device__ void store_partials(const Task& task, const float (&partial)[2]) {
+    const auto& [params, work, place] = task;
     float* out = static_cast<float*>(params.partials.data) + work.n / TileType::kN;
 #pragma unroll
     for (int lower = 0; lower < 2; ++lower) {

@@ -2,8 +2,8 @@
 //
 // Weight gradient: out_e (+)= C_e, in the weights' type or in fp32 (main gradients).
 //
-// Loads the accumulator where there is one; adds in fp32, rounds once, stores (by TMA where there is
-// none and the type is the weights'). An expert without rows writes exact zeros, or leaves its
+// Loads the accumulator where there is one; adds in fp32, rounds once, stores (by TMA where there
+// is none and the type is the weights'). An expert without rows writes exact zeros, or leaves its
 // accumulator untouched. Rows of C are columns of the left
 // operand and belong to the half the tile lies in.
 #pragma once
@@ -125,8 +125,7 @@ struct WeightGradientEpilogue {
       for (int group = 0; group < 4; ++group) piece.put(group, group_of(sums, first / 8 + group));
       __syncwarp();
       piece.each_vector(rows, params.columns - column, [&](const float4& staged, int row, int at) {
-        write(out + row * stride + column + at, staged,
-              params.accumulate);
+        write(out + row * stride + column + at, staged, params.accumulate);
       });
       __syncwarp();
     }

@@ -4,9 +4,9 @@
 // consumer warpgroups. A product is four types: Tile, Schedule, Producer, Epilogue.
 //
 // Every CTA walks its own list of tiles (Schedule); the producer runs ahead through the ring of
-// stages, across tile boundaries; consumers start what the epilogue will need from memory, multiply,
-// then run the epilogue on their own rows. What an epilogue reads much of (its Operand) comes through
-// the ring too, in stages of its own behind the tile's k tiles.
+// stages, across tile boundaries; consumers start what the epilogue will need from memory,
+// multiply, then run the epilogue on their own rows. What an epilogue reads much of (its Operand)
+// comes through the ring too, in stages of its own behind the tile's k tiles.
 #pragma once
 
 #include "backends/cuda/arch/launch.cuh"

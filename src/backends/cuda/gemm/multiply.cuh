@@ -21,7 +21,8 @@ struct Multiply {
   // By block of 64 rows.
   using Sums = float[TileType::kBlocks][TileType::kAccumulators];
 
-  // Sums of the first kLive of the warpgroup's blocks; meanwhile() is called under the last products.
+  // Sums of the first kLive of the warpgroup's blocks; meanwhile() is called under the last
+  // products.
   template <int kLive, typename Meanwhile>
   static __device__ __forceinline__ void run(Sums& sums, const RingType& ring, State& state,
                                              int group, int k_tiles, Meanwhile meanwhile) {

@@ -15,11 +15,11 @@
 namespace penstock::cuda {
 
 // index / tiles for 0 <= index, 0 < tiles and a quotient below 2^20: the estimate is then off by at
-// most one. The integer division is 20 instructions that wait for each other, and with two of them a
-// tile's lookup was an eighth of the down-projection at n = 256.
+// most one. The integer division is 20 instructions that wait for each other, and with two of them
+// a tile's lookup was an eighth of the down-projection at n = 256.
 __device__ __forceinline__ int32_t quotient_of(int32_t index, int32_t tiles) {
-  auto quotient = static_cast<int32_t>(__fdividef(static_cast<float>(index),
-                                                  static_cast<float>(tiles)));
+  auto quotient =
+      static_cast<int32_t>(__fdividef(static_cast<float>(index), static_cast<float>(tiles)));
   const int32_t rest = index - quotient * tiles;
   if (rest < 0) --quotient;
   if (rest >= tiles) ++quotient;
@@ -148,8 +148,8 @@ class RowSchedule {
     inclusive_ = (count_ + kTileM - 1) / kTileM * params_.n_tiles;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      // The instruction's own predicate: comparisons of the lane would be kept for the whole kernel,
-      // five of a thread's seven predicates, and the epilogues' would be spilled.
+      // The instruction's own predicate: comparisons of the lane would be kept for the whole
+      // kernel, five of a thread's seven predicates, and the epilogues' would be spilled.
       asm volatile(
           "{\n"
           ".reg .pred exists;\n"

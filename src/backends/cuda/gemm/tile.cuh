@@ -3,12 +3,12 @@
 // One output tile and its place in shared memory: kM x kN accumulators fed 64 k at a time through
 // a ring of stages, each an A tile followed by a B tile, all 128-byte swizzled.
 //
-// Shared memory: stages (1024-byte aligned) | full and empty barriers | staging of the epilogue, one
-// piece per consumer warp.
+// Shared memory: stages (1024-byte aligned) | full and empty barriers | staging of the epilogue,
+// one piece per consumer warp.
 //
 // Two consumer warpgroups take the halves of every tile's rows. kCluster CTAs (1 or 2) next to each
-// other work on tiles that read the same direct operand wherever they can, and each then fetches its
-// part of it for both.
+// other work on tiles that read the same direct operand wherever they can, and each then fetches
+// its part of it for both.
 #pragma once
 
 #include "backends/cuda/arch/barrier.cuh"
@@ -49,8 +49,8 @@ struct Tile {
   static constexpr int kAccumulators = kN / 2;  // of one block, a thread
 };
 
-// Position in the ring of stages; every role walks it in the same order. One register: the stage, and
-// in the sign bit the parity of the round.
+// Position in the ring of stages; every role walks it in the same order. One register: the stage,
+// and in the sign bit the parity of the round.
 template <int kStages>
 class RingState {
  public:

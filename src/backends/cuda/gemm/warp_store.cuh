@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How a consumer warp's 16 rows of results reach memory: 64 columns at a time through shared memory
-// of its own, from where TMA copies them while the warp goes on. Two slots take turns, so a warp waits
-// only for the copy before the last, and the last two of a tile run under the next tile's products.
+// of its own, from where TMA copies them while the warp goes on. Two slots take turns, so a warp
+// waits only for the copy before the last, and the last two of a tile run under the next tile's
+// products.
 //
 // A slot is 16 rows of 128 bytes, swizzled as TMA's 128-byte mode has it.
 #pragma once
@@ -15,8 +16,8 @@ namespace penstock::cuda {
 inline constexpr int kSlotRows = 16;
 inline constexpr int kSlotBytes = kSlotRows * 128;
 
-// Where the lane's row of ldmatrix and stmatrix lies in a slot for groups 0 and 1 of 8 columns. Groups
-// g and g + 1, g even, are at this place with bits 4 to 6 turned over by g.
+// Where the lane's row of ldmatrix and stmatrix lies in a slot for groups 0 and 1 of 8 columns.
+// Groups g and g + 1, g even, are at this place with bits 4 to 6 turned over by g.
 __device__ __forceinline__ uint32_t slot_lane_offset() {
   const uint32_t lane = threadIdx.x % 32;
   return lane % 16 * 128 + ((lane / 16) ^ (lane % 8)) * 16;
@@ -56,8 +57,8 @@ class WarpStore {
   __device__ explicit WarpStore(const uint8_t* staging)
       : slots_(arch::shared_address(staging)), lane_(slots_ + slot_lane_offset()) {}
 
-  // Piece `index` of a tile, counted from 0: fills a slot with packed(group) of groups 0, 2, 4 and 6
-  // of 8 columns and has copy(slot) start its copy by one lane, or make it by all.
+  // Piece `index` of a tile, counted from 0: fills a slot with packed(group) of groups 0, 2, 4 and
+  // 6 of 8 columns and has copy(slot) start its copy by one lane, or make it by all.
   template <typename Packed, typename Copy>
   __device__ __forceinline__ void piece(int index, Packed packed, Copy copy) const {
     const uint32_t slot = index % 2 * kSlotBytes;

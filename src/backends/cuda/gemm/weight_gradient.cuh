@@ -111,9 +111,9 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
            "strides " + std::to_string(out.row_stride) + " and " + std::to_string(out.col_stride),
            "one axis with stride 1", "Pass gradients whose rows or columns are contiguous."});
     }
-    require_vectors("weight gradient", out.data,
-                    {stride * fp32_vectors,
-                     num_experts == 1 ? 0 : out.expert_stride * fp32_vectors});
+    require_vectors(
+        "weight gradient", out.data,
+        {stride * fp32_vectors, num_experts == 1 ? 0 : out.expert_stride * fp32_vectors});
     epilogue.out[half] = {gradient_map<Element>(epilogue, out, stride, num_experts), out.data,
                           out.expert_stride, stride};
   }
