@@ -76,7 +76,7 @@ def test_results_and_gradients_are_those_of_merged_weights(
     shape, ranks, activation, dtype, tolerances
 ) -> None:
     layer = AdaptedLayer(shape, ranks, dtype, activation)
-    # A square doubles the relative error of the rounded H, which the bound of a layer does not foresee.
+    # A square doubles the relative error of the rounded H; the bound is made for the others.
     factor = 1.5 if activation == "relu_squared" else 1.0
     assert not far(layer.step(), layer.exact_step(), factor * tolerances["end_to_end"][dtype])
 
