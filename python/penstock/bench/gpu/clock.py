@@ -3,9 +3,9 @@
 
 A round runs every action once, in an order of its own, so that clocks and temperature fall on all
 alike: after an action that waits for memory, a chip at its power limit runs faster for a while,
-and in a fixed order one action would always profit. Between two actions 256 MiB are written, several
-times the second-level cache. The clock is a pair of CUDA events around the action: for an eager
-call that includes the launches the GPU had to wait for.
+and in a fixed order one action would always profit. Between two actions 256 MiB are written,
+several times the second-level cache. The clock is a pair of CUDA events around the action: for an
+eager call that includes the launches the GPU had to wait for.
 """
 
 from __future__ import annotations
