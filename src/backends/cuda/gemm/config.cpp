@@ -32,8 +32,8 @@ int32_t router_gradient_slices(const RouterProblem& problem) {
   constexpr int64_t kLeastRows = 512;
   constexpr int64_t kMost = 32;
   const int64_t tiles =
-      ceil_div(problem.num_experts, kDirectTile) * ceil_div(problem.hidden_size, kGatheredTile);
-  const int64_t by_rows = std::max<int64_t>(1, 2 * problem.num_tokens / kLeastRows);
+      ceil_div(2 * problem.num_experts, kDirectTile) * ceil_div(problem.hidden_size, kGatheredTile);
+  const int64_t by_rows = std::max<int64_t>(1, problem.num_tokens / kLeastRows);
   return static_cast<int32_t>(
       std::clamp<int64_t>(kWave / std::max<int64_t>(1, tiles), 1, std::min(kMost, by_rows)));
 }

@@ -87,13 +87,12 @@ struct SplitParams {
   int64_t padded_experts;
   void* terms;
   float* scale;  // fp16 in: largest bits; out: factor and inverse, written by split_scale
-  int32_t* rows;
   int32_t* counts;
   int32_t* offsets;
   int32_t slices;
 };
 
-// One block: the scale, and the slices of the stacked rows as groups.
+// One block: the scale, and the slices of the tokens as groups.
 template <typename Element>
 __global__ void split_scale(SplitParams params) {
   arch::wait_for_earlier_launches();
@@ -106,11 +105,11 @@ __global__ void split_scale(SplitParams params) {
     params.scale[0] = ldexpf(1.0f, exponent);
     params.scale[1] = ldexpf(1.0f, -exponent);
   }
-  const int64_t stacked = 2 * params.tokens;
   for (int32_t slice = threadIdx.x; slice < params.slices; slice += blockDim.x) {
-    const int64_t first = stacked * slice / params.slices;
+    const int64_t first = params.tokens * slice / params.slices;
     params.offsets[slice] = static_cast<int32_t>(first);
-    params.counts[slice] = static_cast<int32_t>(stacked * (slice + 1) / params.slices - first);
+    params.counts[slice] =
+        static_cast<int32_t>(params.tokens * (slice + 1) / params.slices - first);
   }
 }
 
@@ -119,7 +118,6 @@ __global__ void split_dlogits(SplitParams params) {
   arch::wait_for_earlier_launches();
   const int64_t count = params.tokens * params.padded_experts;
   const float scale = params.scale[0];
-  Element* high = static_cast<Element*>(params.terms);
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t token = i / params.padded_experts;
@@ -127,12 +125,10 @@ __global__ void split_dlogits(SplitParams params) {
     const float value =
         expert < params.experts ? params.dlogits[token * params.experts + expert] * scale : 0.0f;
     const Element first = static_cast<Element>(value);
-    high[i] = first;
-    high[count + i] = static_cast<Element>(value - static_cast<float>(first));
-    if (expert == 0) {
-      params.rows[token] = static_cast<int32_t>(token);
-      params.rows[params.tokens + token] = static_cast<int32_t>(token);
-    }
+    Element* high =
+        static_cast<Element*>(params.terms) + 2 * token * params.padded_experts + expert;
+    *high = first;
+    high[params.padded_experts] = static_cast<Element>(value - static_cast<float>(first));
   }
 }
 
@@ -140,11 +136,12 @@ struct SlicesParams {
   const float* partials;
   int32_t slices;
   int64_t slice_stride;
+  int64_t term_stride;
   int64_t count;
   const float* inverse;
 };
 
-// dWr = inverse scale times the slices' sum, in slice order.
+// dWr = inverse scale times the slices' sum, in slice order, of both terms' products.
 template <typename Out>
 __global__ void sum_slices(SlicesParams params, Out* out) {
   arch::wait_for_earlier_launches();
@@ -152,7 +149,8 @@ __global__ void sum_slices(SlicesParams params, Out* out) {
        i += int64_t{gridDim.x} * blockDim.x) {
     float sum = 0.0f;
     for (int32_t slice = 0; slice < params.slices; ++slice) {
-      sum += params.partials[slice * params.slice_stride + i];
+      const float* high = params.partials + slice * params.slice_stride + i;
+      sum += *high + high[params.term_stride];
     }
     out[i] = static_cast<Out>(sum * *params.inverse);
   }
@@ -190,7 +188,7 @@ void router_input_gradient(const RouterLogitsBackwardArgs& args, const SplitPara
   // Both terms meet the same weights, whose rows past E arrive as zeros.
   const RowProblem problem = {
       "router_logits_backward",
-      {"dlogits", terms.terms, terms.tokens, padded, 2, terms.tokens * padded, padded},
+      {"dlogits", terms.terms, terms.tokens, 2 * padded, 2, padded, padded},
       {"router_weight", w.dtype, {w.data, w.data}, 2, 1, 0, w.size(1), 1, w.size(0), w.stride(0)},
       {nullptr, nullptr, 1, static_cast<int32_t>(terms.tokens)},
       terms.tokens};
@@ -208,18 +206,18 @@ void router_weight_gradient(const RouterLogitsBackwardArgs& args, const SplitPar
   };
   products.rows.expert_counts = ints(terms.counts, terms.slices);
   products.rows.expert_offsets = ints(terms.offsets, terms.slices);
-  products.rows.row_to_token = ints(terms.rows, 2 * terms.tokens);
-  products.rows.row_capacity = 2 * terms.tokens;
+  products.rows.row_capacity = terms.tokens;
   products.left = TensorView::contiguous(terms.terms, args.x.dtype,
-                                         {2 * terms.tokens, terms.padded_experts}, device);
+                                         {terms.tokens, 2 * terms.padded_experts}, device);
   products.left_access = RowAccess::direct;
   products.right = args.x;
   products.right_access = RowAccess::gathered;
-  products.out[0] = {partials, DType::float32, terms.padded_experts * d, d, 1};
+  const int64_t term = terms.padded_experts * d;
+  products.out[0] = {partials, DType::float32, 2 * term, d, 1};
   products.mode = GradMode::overwrite;
   weight_gradient<Element>(products, context);
-  const SlicesParams slices = {partials, terms.slices, terms.padded_experts * d, terms.experts * d,
-                               terms.scale + 1};
+  const SlicesParams slices = {partials, terms.slices,      2 * term,
+                               term,     terms.experts * d, terms.scale + 1};
   const Launch launch = {"sum_slices", dim3(blocks_for(slices.count, 256)), 256};
   if (args.drouter_weight.dtype == DType::float32) {
     launch_dependent(launch, context, sum_slices<float>, slices,
@@ -244,7 +242,6 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context&
                              layout.padded_experts,
                              at(layout.terms),
                              static_cast<float*>(at(layout.scale)),
-                             static_cast<int32_t*>(at(layout.rows)),
                              static_cast<int32_t*>(at(layout.counts)),
                              static_cast<int32_t*>(at(layout.offsets)),
                              layout.slices};

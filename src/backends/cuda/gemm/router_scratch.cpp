@@ -21,9 +21,8 @@ RouterScratch router_scratch(const RouterProblem& problem) {
   scratch.scale = take(8);
   scratch.counts = take(4 * scratch.slices);
   scratch.offsets = take(4 * scratch.slices);
-  scratch.rows = take(8 * problem.num_tokens);
   scratch.terms = take(4 * problem.num_tokens * scratch.padded_experts);
-  scratch.partials = take(4 * scratch.slices * scratch.padded_experts * problem.hidden_size);
+  scratch.partials = take(8 * scratch.slices * scratch.padded_experts * problem.hidden_size);
   scratch.bytes = next;
   return scratch;
 }
