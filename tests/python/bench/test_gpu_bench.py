@@ -155,6 +155,8 @@ def test_kernels_are_named_by_what_they_are_and_what_came_before():
         "dX rows", "dW1", "dX combine", "vectorized_elementwise_kernel",
     ]  # fmt: skip
     assert launches.count_passes(launches.launch_names(KERNELS)) == (6, 7)
+    with_router = [*KERNELS, KERNELS[10]]
+    assert launches.launch_names(with_router)[-1] == "router's dX and dWr"
     only_one = [KERNELS[6], KERNELS[8]]
     assert launches.launch_names(only_one) == ["dH", "dW1 and dW2"]
 

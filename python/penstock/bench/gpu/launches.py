@@ -49,10 +49,15 @@ _NAMES: tuple[tuple[str, str, str], ...] = (
     (r"combine_kernel", "combine", "dX combine"),
     (r"warp_router|block_router", "top-k", "top-k"),
     (r"plan_", "plan", "plan"),
-    (r"score_gradient", "dS", "dS"),
+    (r"score_gradient|zero_kernel", "dS", "dS"),
     (r"router_backward|pairs_backward|sigmoid_topk_backward", "router backward", "router backward"),
     (r"mark_by_|select_tokens|emit_pairs|sigmoid_topk", "router", "router"),
-    (r"split_|sum_slices|largest_bits|fp32_product|add_slices", "logits", "router's dX and dWr"),
+    # A weight gradient that comes after those of the experts is the router's.
+    (
+        r"split_|sum_slices|largest_bits|fp32_product|add_slices|WeightGradientEpilogue",
+        "logits",
+        "router's dX and dWr",
+    ),
 )
 _WEIGHT_GRADIENT = "WeightGradientEpilogue"
 
