@@ -134,6 +134,7 @@ __device__ __forceinline__ void consume(const typename G::Params& params,
   typename G::RingType::State state;
   Work work;
   while (schedule.next(work)) consume_tile<G>(params, ring, state, work, self);
+  arch::bulk_wait_read<0>();  // shared memory must outlive the copies from it
 }
 
 template <typename G>
