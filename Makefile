@@ -158,7 +158,8 @@ test-python: $(VENV)/.test
 # is spared the sweeps over numbers, and what it takes no part in.
 OLDEST_LEAVES_OUT := tests/scripts tests/python/checkpoint tests/python/train tests/python/test_routers.py \
                      tests/python/test_gradcheck.py tests/python/cases/test_coverage.py \
-                     tests/python/cases/test_hostile_values.py
+                     tests/python/cases/test_hostile_values.py tests/python/test_token_rounding.py \
+                     tests/python/test_numpy.py tests/python/test_blocks.py tests/python/test_large_pages.py
 
 test-oldest: $(OLD_VENV)/.test
 	echo '==> test-oldest'
