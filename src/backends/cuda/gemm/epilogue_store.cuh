@@ -106,8 +106,6 @@ struct StoreEpilogue {
                         {work.rows - place.row, params.columns - work.n - first}, 0, slot);
           });
     }
-    // In the place of the copy that would make the number of slots even.
-    if constexpr (TileType::kN / 64 % 2 == 1) arch::bulk_commit();
   }
 };
 

@@ -5,29 +5,9 @@
 #pragma once
 
 #include "backends/cuda/gemm/adapted_products.h"
-#include "backends/cuda/gemm/epilogue_store.cuh"
-#include "backends/cuda/gemm/launch.cuh"
-#include "backends/cuda/gemm/store_products.h"
+#include "backends/cuda/gemm/store_launcher.cuh"
 
 namespace penstock::cuda {
-
-template <typename Element, template <typename, int> class Producer>
-struct StoreLauncher {
-  const RowProblem& problem;
-  const StoreOutput& output;
-  const Context& context;
-
-  template <int kTileM, Major kMajor>
-  void run() const {
-    using TileType = Tile<Element, kTileM, kWideTileN, Major::k, kMajor, kRowCluster<kTileM>>;
-    using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
-    launch_rows<G, kWideTileN>(problem,
-                               {row_target<Element>("output rows", output.out, 1),
-                                {bias_of(output.bias), output.scale, rows_of(output.addend)},
-                                static_cast<int32_t>(problem.b.n_extent)},
-                               context);
-  }
-};
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context) {

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Launches a row product that only stores, on tiles kTileN columns wide.
+#pragma once
+
+#include "backends/cuda/gemm/epilogue_store.cuh"
+#include "backends/cuda/gemm/launch.cuh"
+#include "backends/cuda/gemm/store_products.h"
+
+namespace penstock::cuda {
+
+template <typename Element, template <typename, int> class Producer, int kTileN = kWideTileN>
+struct StoreLauncher {
+  const RowProblem& problem;
+  const StoreOutput& output;
+  const Context& context;
+
+  template <int kTileM, Major kMajor>
+  void run() const {
+    // The weights of a narrow tile are too few to be worth sharing in pairs of blocks.
+    constexpr int kCluster = kTileN == kWideTileN ? kRowCluster<kTileM> : 1;
+    using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor, kCluster>;
+    using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
+    launch_rows<G, kTileN>(problem,
+                           {row_target<Element>("output rows", output.out, 1),
+                            {bias_of(output.bias), output.scale, rows_of(output.addend)},
+                            static_cast<int32_t>(problem.b.n_extent)},
+                           context);
+  }
+};
+
+}  // namespace penstock::cuda
