@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from families import relative_error, tiny_model, tokens
+from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import penstock
@@ -206,34 +207,27 @@ def losses_of(model, batches):
     return losses
 
 
-def one_rank(rank, folder):
+def sharded_losses(rank, folder):
     """One of two processes: half of each batch, parameters sharded over both."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        model = patched()
-        mesh = init_device_mesh("cpu", (2,))
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        sharded = experts_of(model)[0].down_proj.to_local()
-        assert sharded.shape[0] == 4  # of 8 experts
-        halves = [tokens(step)[rank : rank + 1] for step in range(NUM_STEPS)]
-        losses = torch.stack(losses_of(model, halves))
-        dist.all_reduce(losses)
-        if rank == 0:
-            torch.save(losses / 2, folder / "losses")
-        dist.barrier()  # a rank that leaves early would close connections that the other needs
-    finally:
-        dist.destroy_process_group()
+    model = patched()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    sharded = experts_of(model)[0].down_proj.to_local()
+    assert sharded.shape[0] == 4  # of 8 experts
+    halves = [tokens(step)[rank : rank + 1] for step in range(NUM_STEPS)]
+    losses = torch.stack(losses_of(model, halves))
+    dist.all_reduce(losses)
+    if rank == 0:
+        torch.save(losses / 2, folder / "losses")
 
 
 def test_fully_sharded_on_two_ranks_gives_the_losses_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (tmp_path,), nprocs=2)
+    on_ranks(sharded_losses, 2, tmp_path)
     expected = losses_of(patched(), [tokens(step) for step in range(NUM_STEPS)])
     sharded = torch.load(tmp_path / "losses")
     torch.testing.assert_close(sharded, torch.stack(expected), rtol=1e-5, atol=1e-6)
