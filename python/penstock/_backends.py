@@ -7,8 +7,9 @@ Public through penstock.list_backends and its neighbours; `penstock info` prints
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from penstock._context import current
+from penstock._context import TORCH, current, torch_chosen, torch_refusal
 from penstock._engine import Config
 from penstock._library import library
 from penstock._sizes import problem_of_shape
@@ -18,8 +19,8 @@ from penstock._sizes import problem_of_shape
 class BackendInfo:
     """One backend of this build, in the order in which they are tried for their device."""
 
-    name: str  # "reference", "fast", "cuda"
-    device: str  # "cpu" or "cuda"
+    name: str  # "reference", "fast", "cuda", "torch"
+    device: str  # "cpu" or "cuda"; "any" for torch
     available: bool  # usable on this machine
     reason: str  # why not; empty when available
     description: str  # what it runs on: instruction set, GPU and driver
@@ -32,8 +33,11 @@ def version() -> str:
 
 
 def list_backends() -> list[BackendInfo]:
-    """Every backend that this build knows, with the reason where one cannot be used."""
-    return [
+    """Every backend that this build knows, with the reason where one cannot be used.
+
+    The last is none of the engine's: plain torch operations, for penstock.backend("torch") only.
+    """
+    engine = [
         BackendInfo(
             str(name),
             str(device),
@@ -44,6 +48,7 @@ def list_backends() -> list[BackendInfo]:
         )
         for name, device, available, reason, description, operations in library().list_backends()
     ]
+    return [*engine, _torch_path()]
 
 
 def why_not(
@@ -58,6 +63,8 @@ def why_not(
 
     shape: (num_tokens, hidden_size, intermediate_size, num_experts, top_k).
     """
+    if backend == TORCH:
+        return _torch_path().reason
     config = Config(activation=activation)
     return str(library().why_not(backend, config, problem_of_shape(shape, dtype, device)))
 
@@ -74,6 +81,23 @@ def chosen_backend(
     UnsupportedError with every candidate's reason if there is none.
     """
     context = current()
+    if torch_chosen():
+        if reason := _torch_path().reason:
+            raise torch_refusal("chosen_backend", reason, "Install torch")
+        return TORCH
     call = (context.backend, context.threads, 0, context.sm_budget, context.id_checks, "")
     config = Config(activation=activation)
     return str(library().chosen_backend(call, config, problem_of_shape(shape, dtype, device)))
+
+
+def _torch_path() -> BackendInfo:
+    """What stands for plain torch operations in the list; torch itself is not imported."""
+    installed = find_spec("torch") is not None
+    return BackendInfo(
+        TORCH,
+        "any",
+        installed,
+        "" if installed else "torch is not installed",
+        'plain torch operations on any device, only by name: penstock.backend("torch")',
+        ("router_logits", "route", "replay", "plan", "experts"),
+    )

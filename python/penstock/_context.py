@@ -15,9 +15,16 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 from penstock._ranges import check_kind
-from penstock.errors import invalid
+from penstock.errors import UnsupportedError, invalid
 
 ID_CHECKS = ("trusted", "checked")
+TORCH = "torch"  # the name of no backend of the engine: plain torch operations, _torch_path
+_IN_PLACE_OF = {
+    "threads": "Use torch.set_num_threads",
+    "id_checks": "Check the ids where they are made",
+    "sm_budget": "Leave it out: torch's products take the whole GPU",
+    "ranges": "Use torch.autograd.profiler.emit_nvtx",
+}
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,19 @@ class CallContext:
 
 _DEFAULT = CallContext()
 _current: ContextVar[CallContext] = ContextVar("penstock_context", default=_DEFAULT)
+# Whether the context's backend is TORCH, for torch.compile: it guards a plain value by what it is,
+# an object by which one it is, and every block has an object of its own.
+_torch_chosen: ContextVar[bool] = ContextVar("penstock_torch_chosen", default=False)
 
 
 def current() -> CallContext:
     """The context in force in this thread or task."""
     return _current.get()
+
+
+def torch_chosen() -> bool:
+    """Whether the context in force names plain torch operations."""
+    return _torch_chosen.get()
 
 
 def context_key() -> str:
@@ -71,6 +86,27 @@ def refuse_transforms() -> None:
         )
 
 
+def torch_refusal(what: str, got: str, remedy: str) -> UnsupportedError:
+    """The error for what plain torch operations do not do here."""
+    return UnsupportedError(
+        f'{what}: got {got} under penstock.backend("torch"), expected a call that plain torch '
+        f"operations stand in for. {remedy}, or choose a backend of the engine"
+    )
+
+
+def refuse_torch(function: str, remedy: str) -> None:
+    """UnsupportedError where torch's own operations are chosen: only the engine has `function`."""
+    if torch_chosen():
+        raise torch_refusal(function, "a call", remedy)
+
+
+def _check_for_torch(context: CallContext) -> None:
+    for setting, remedy in _IN_PLACE_OF.items():
+        value = getattr(context, setting)
+        if context.backend == TORCH and value != getattr(_DEFAULT, setting):
+            raise torch_refusal(setting, repr(value), remedy)
+
+
 @contextmanager
 def backend(
     name: str | None = None,
@@ -84,6 +120,7 @@ def backend(
 
     name: "reference", "fast", "cuda"; "" leaves the choice to the device. A backend chosen by name
     is never replaced by another: a call that it cannot run raises UnsupportedError with its reason.
+    "torch" is none of the engine's: plain torch operations, on any device (docs/python.md).
     threads: CPU threads, 0 for all cores this process may use. Results do not depend on it.
     id_checks: "trusted" skips every id outside [0, E); "checked" raises ValueError for a negative
     id other than -1 and for an expert named twice by one token.
@@ -113,8 +150,10 @@ def backend(
         check_kind(ranges)
         changes["ranges"] = ranges
     context = replace(_current.get(), **changes)
-    token = _current.set(context)
+    _check_for_torch(context)
+    token, torch_token = _current.set(context), _torch_chosen.set(context.backend == TORCH)
     try:
         yield context
     finally:
+        _torch_chosen.reset(torch_token)
         _current.reset(token)

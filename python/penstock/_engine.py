@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from penstock._arrays import TorchArrays, arrays_of
-from penstock._context import CallContext
+from penstock._context import TORCH, CallContext, torch_refusal
 from penstock._library import library
 from penstock._memory import workspace
 from penstock._ranges import ranged
@@ -105,7 +105,14 @@ def accumulator(dtype: str) -> str:
 
 
 def call_tuple(context: CallContext, like: Any) -> tuple[Any, ...]:
-    """The context as the library takes it."""
+    """The context as the library takes it; UnsupportedError where no backend of it is chosen."""
+    if context.backend == TORCH:
+        raise torch_refusal(
+            "a pass of the engine",
+            "NumPy arrays, or code that torch compiled outside the block",
+            "Pass torch tensors, and compile inside the block, with a torch whose compiler reads "
+            "context variables (2.15 does)",
+        )
     arrays = arrays_of(like)
     return (
         context.backend,
@@ -179,16 +186,7 @@ def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: Ca
     num_tokens, num_experts = shape
     check_rank("ids", ids, 1, "(slots,)")
     num_slots = ids.shape[0]
-    if token_offsets is None and (num_slots % num_tokens if num_tokens else num_slots):
-        raise invalid(
-            "ids",
-            f"{num_slots} slots for {num_tokens} tokens",
-            "the same number of slots for every token",
-            "Pass token_offsets where tokens have differing numbers of experts",
-        )
-    top_k = num_slots // num_tokens if token_offsets is None and num_tokens else 0
-    if token_offsets is None and num_tokens == 0:
-        top_k = 1
+    top_k = slots_per_token(ids, token_offsets, num_tokens)
     arrays = arrays_of(ids)
     plan = Plan(
         arrays.empty((num_experts,), "int32", ids),
@@ -206,6 +204,21 @@ def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: Ca
     tensors = pass_on(ids, None, ids, token_offsets, scratch)
     library().build_plan(call, tensors, num_tokens, plan_arguments(plan))
     return plan
+
+
+def slots_per_token(ids: Any, token_offsets: Any, num_tokens: int) -> int:
+    """K of flat ids (slots), at least 1; 0 with token_offsets. ValueError where there is no K."""
+    if token_offsets is not None:
+        return 0
+    num_slots = ids.shape[0]
+    if num_slots % num_tokens if num_tokens else num_slots:
+        raise invalid(
+            "ids",
+            f"{num_slots} slots for {num_tokens} tokens",
+            "the same number of slots for every token",
+            "Pass token_offsets where tokens have differing numbers of experts",
+        )
+    return max(num_slots // num_tokens, 1) if num_tokens else 1
 
 
 @ranged
@@ -271,7 +284,8 @@ def plan_arguments(plan: Plan) -> tuple[Any, int]:
     return pass_on(plan.expert_counts, *plan[:6], None), plan.top_k
 
 
-def _router_problem(x: Any, weight: Any) -> Problem:
+def check_router_operands(x: Any, weight: Any) -> None:
+    """ValueError unless both are matrices of one dtype."""
     check_rank("x", x, 2, "(num_tokens, hidden_size)")
     check_rank("router_weight", weight, 2, "(num_experts, hidden_size)")
     arrays = arrays_of(x)
@@ -282,6 +296,11 @@ def _router_problem(x: Any, weight: Any) -> Problem:
             f"{arrays.dtype_name(x)}, the dtype of x",
             "Convert one of them; penstock.MoE converts x to the wider of the two",
         )
+
+
+def _router_problem(x: Any, weight: Any) -> Problem:
+    check_router_operands(x, weight)
+    arrays = arrays_of(x)
     return Problem(
         num_tokens=x.shape[0],
         hidden_size=x.shape[1],

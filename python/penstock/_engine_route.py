@@ -79,13 +79,7 @@ def route(
     arrays = arrays_of(logits)
     dtype = arrays.dtype_name(logits)
     if spec.fixed_top_k():
-        if not 1 <= spec.top_k <= num_experts:
-            raise invalid(
-                "top_k",
-                spec.top_k,
-                f"1 to num_experts = {num_experts}",
-                "Choose within the experts",
-            )
+        check_top_k(spec.top_k, num_experts)
         shape: tuple[int, ...] = (num_tokens, spec.top_k)
         offsets = report = None
     else:
@@ -135,6 +129,14 @@ def route_backward(
     tensors = (logits, scores, routed.ids, dscores, dlogits, routed.token_offsets, scratch)
     library().route_backward(call_tuple(context, scores), spec, pass_on(scores, *tensors))
     return dlogits
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """ValueError unless a token can have so many experts."""
+    if not 1 <= top_k <= num_experts:
+        raise invalid(
+            "top_k", top_k, f"1 to num_experts = {num_experts}", "Choose within the experts"
+        )
 
 
 def _workspace(logits: Any, spec: RouterSpec, slots: int, context: CallContext) -> Any:

@@ -6,7 +6,7 @@ Public through functional.py; the tests compare both with what is measured.
 
 from __future__ import annotations
 
-from penstock._context import current
+from penstock._context import current, refuse_torch
 from penstock._engine import Config, Problem, accumulator
 from penstock._library import library
 
@@ -64,6 +64,7 @@ def workspace_bytes(
             f"which: got {which!r}, expected one of {', '.join(_WORKSPACE_PASSES)}. "
             "Check the spelling"
         )
+    refuse_torch("workspace_bytes", "torch allocates what its operations need")
     context = current()
     call = (context.backend, context.threads, 0, context.sm_budget, context.id_checks, "")
     config = Config(activation=activation, save=save, order=order, kept_h=kept_h)
@@ -78,6 +79,7 @@ def tile_rows(
 
     shape as for saved_bytes. The reference backend has no tiles and answers 1.
     """
+    refuse_torch("tile_rows", "Round to tiles of your own, and bring the ids and scores")
     context = current()
     call = (context.backend, context.threads, 0, context.sm_budget, context.id_checks, "")
     return library().tile_rows(call, Config(), problem_of_shape(shape, dtype, device))

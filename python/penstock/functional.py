@@ -16,7 +16,7 @@ from typing import Any
 
 from penstock import _engine, _engine_backward, _engine_route, routers
 from penstock._arrays import TorchArrays, arrays_of, is_torch
-from penstock._context import context_key, current, refuse_transforms
+from penstock._context import current, refuse_torch
 from penstock._engine import Config, Plan, Weights
 from penstock._engine_backward import Grads, Into, Saved
 from penstock._engine_route import Routed, RouterSpec
@@ -46,6 +46,8 @@ __all__ = [
     "workspace_bytes",
 ]
 
+_BY_AUTOGRAD = "Use router_logits, route and moe_experts on torch tensors, with autograd"
+
 
 def router_logits(x: Any, router_weight: Any) -> Any:
     """Logits (T, E) = x Wr^T, in fp32 (float64 for float64 x); one token's never depend on others.
@@ -53,7 +55,7 @@ def router_logits(x: Any, router_weight: Any) -> Any:
     x (T, d), router_weight (E, d), of one dtype. torch: differentiable in both.
     """
     if is_torch(x):
-        return _ops().router_logits(_packed_rows(x), router_weight, context_key())
+        return _operations().router_logits(x, router_weight)
     return _engine.router_logits(x, router_weight, current())
 
 
@@ -67,11 +69,12 @@ def logits_and_input(x: Any, router_weight: Any) -> tuple[Any, Any]:
 
     if not (torch.is_grad_enabled() and x.requires_grad):
         return router_logits(x, router_weight), x
-    return _ops().LogitsAndInput.apply(_packed_rows(x), router_weight, context_key())
+    return _operations().logits_and_input(x, router_weight)
 
 
 def router_logits_backward(dlogits: Any, x: Any, router_weight: Any) -> tuple[Any, Any]:
     """Gradients (dx (T, d), drouter_weight (E, d)) of router_logits, for NumPy or by hand."""
+    refuse_torch("router_logits_backward", _BY_AUTOGRAD)
     return _engine.router_logits_backward(dlogits, x, router_weight, (True, True), None, current())
 
 
@@ -103,6 +106,7 @@ def route_backward(
     dscores: (T, K), or flat over slots. router and renormalize: for a routing that no function of
     penstock made, one of the softmax routers.
     """
+    refuse_torch("route_backward", _BY_AUTOGRAD)
     spec = routing.router
     if router is not None or spec is None:
         spec = RouterSpec(router_name(router or "softmax_topk", renormalize), top_k=routing.top_k)
@@ -120,12 +124,10 @@ def make_plan(routing: Routing, num_experts: int) -> Plan:
     Inside `penstock.backend(id_checks="checked")` a negative id other than -1, or an expert twice
     in one token, is a ValueError; otherwise any id outside [0, E) skips its slot.
     """
+    if is_torch(routing.ids):
+        return _operations().plan(routing, num_experts)
     shape = (routing.num_tokens, num_experts)
-    if not is_torch(routing.ids):
-        return _engine.build_plan(routing.ids, routing.token_offsets, shape, current())
-    arrays = _ops().plan(routing.ids, routing.token_offsets, *shape, context_key())
-    top_k = 0 if routing.token_offsets is not None else max(routing.top_k, 1)
-    return Plan(*arrays, routing.token_offsets, top_k)
+    return _engine.build_plan(routing.ids, routing.token_offsets, shape, current())
 
 
 plan = make_plan  # the public name, which the argument of moe_experts hides there
@@ -187,8 +189,8 @@ def moe_experts(
     _engine.check_operands(x, weights)
     if plan is None:
         plan = make_plan(routing, w2.shape[0])
-    operands = (_packed_rows(x), _unit_stride(routing.scores), weights)
-    return _experts(operands, plan, config, (trainable, main_grad, delayed))
+    operands = (x, _unit_stride(routing.scores), weights)
+    return _operations().experts(operands, plan, config, (trainable, main_grad, delayed))
 
 
 def experts_on_rows(
@@ -230,8 +232,8 @@ def experts_on_rows(
         config = config._replace(save="nothing")
         return _engine.experts_forward(rows, scores, weights, the_plan, config, current())[0]
     _engine.check_operands(rows, weights)
-    operands = (_packed_rows(rows), scores, weights)
-    return _experts(operands, the_plan, config, (trainable, main_grad, delayed))
+    operands = (rows, scores, weights)
+    return _operations().experts(operands, the_plan, config, (trainable, main_grad, delayed))
 
 
 def moe_experts_forward(
@@ -241,6 +243,7 @@ def moe_experts_forward(
 
     weights: functional.Weights(w1=, w1_up=, w2=, b1=, b1_up=, b2=). config: functional.Config.
     """
+    refuse_torch("moe_experts_forward", _BY_AUTOGRAD)
     config = Config() if config is None else config
     _engine.check_operands(x, weights)
     the_plan = make_plan(routing, weights.w1.shape[0])
@@ -262,6 +265,7 @@ def moe_experts_backward(
     or fp32, None where not wanted; fresh ones by default. mode: "overwrite" or "accumulate".
     trainable: (E) uint8; experts with 0 are frozen, and their slices left as they are.
     """
+    refuse_torch("moe_experts_backward", _BY_AUTOGRAD)
     if saved.config.save == "nothing":
         raise invalid(
             "save",
@@ -278,11 +282,10 @@ def moe_experts_backward(
     return _engine_backward.experts_backward(d_output, saved, (True, True), destination, current())
 
 
-def _ops() -> Any:
-    refuse_transforms()
-    from penstock import _torch_ops
+def _operations() -> Any:
+    from penstock import _torch_operations
 
-    return _torch_ops
+    return _torch_operations.operations()
 
 
 def weights_of(matrices: tuple[Any, Any], biases: tuple[Any, Any]) -> Weights:
@@ -323,38 +326,6 @@ def routing_of(x: Any, scores: Any, ids: Any) -> Routing:
                 "Move one to the other's device",
             )
     return routing
-
-
-def _experts(
-    operands: tuple[Any, Any, Weights],
-    the_plan: Plan,
-    config: Config,
-    seams: tuple[Any, bool, Any],
-) -> Any:
-    import torch
-
-    x, scores, weights = operands
-    trainable, main_grad, delayed = seams
-    if trainable is not None and trainable.dtype == torch.bool:
-        trainable = trainable.view(torch.uint8)
-    tensors = [tensor for tensor in (x, scores, *weights) if tensor is not None]
-    if not torch.compiler.is_compiling():
-        config = config._replace(kept_h="overwritten")  # by a pass that lets go of the graph
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-        config = config._replace(save="nothing")
-    elif main_grad or delayed is not None:
-        from penstock._seams import Seams, experts_with_seams
-
-        return experts_with_seams(operands, the_plan, config, Seams(main_grad, delayed, trainable))
-    output, _ = _ops().experts(
-        x, scores, *weights, trainable, *the_plan, config.pack(), config.clamp, context_key()
-    )
-    return output
-
-
-def _packed_rows(rows: Any) -> Any:
-    """`rows`, or a copy where the elements of a row are not adjacent."""
-    return _ops().rows_of_unit_stride(rows)
 
 
 def _unit_stride(scores: Any) -> Any:

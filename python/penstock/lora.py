@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock import functional
-from penstock._context import current
+from penstock._context import current, torch_refusal
 from penstock._engine import Config, Plan, Weights, check_operands
 from penstock._engine_adapters import Adapters
+from penstock._torch_operations import torch_is_chosen
 from penstock._torch_ops import rows_of_unit_stride
 from penstock.errors import invalid
 from penstock.routing import Routing
@@ -57,6 +58,8 @@ def adapted_experts(
     wants a gradient, and for what moe_experts refuses. On a GPU weights must be output_major, and
     factors whose rank is not a multiple of 8 are copied, padded with zeros.
     """
+    if torch_is_chosen():
+        raise torch_refusal("adapted_experts", "a call", "Merge the adapters (merge_)")
     weights = functional.weights_of((w1, w2), (b1, b2))
     routing = functional.routing_of(x, topk_scores, topk_ids)
     _check_frozen(weights)

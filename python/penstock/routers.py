@@ -18,7 +18,7 @@ from typing import Any
 
 from penstock import _engine_route
 from penstock._arrays import arrays_of, is_torch
-from penstock._context import context_key, current, refuse_transforms
+from penstock._context import current
 from penstock._engine_route import Routed, RouterSpec
 from penstock._sizes import tile_rows
 from penstock.errors import invalid
@@ -180,11 +180,10 @@ def replay(logits: Any, recorded: Routing) -> Routing:
             f"{recorded.num_tokens}, as were recorded",
             "Replay the tokens that the recording saw",
         )
+    given = Routed(None, ids, recorded.token_offsets)
     if is_torch(logits):
-        arguments = (logits.contiguous(), ids, recorded.token_offsets)
-        scores = _ops().replay(*arguments, spec.pack(), spec.numbers(), context_key())
+        scores = _operations().replay(logits, spec, given)
     else:
-        given = Routed(None, ids, recorded.token_offsets)
         scores = _engine_route.replay(logits, spec, given, current())
     return recorded.with_scores(scores.reshape(-1))
 
@@ -256,9 +255,7 @@ def _route(
     logits: Any, spec: RouterSpec, slots: int = 0, steering: tuple[Any, Any] = (None, None)
 ) -> Routing:
     if is_torch(logits):
-        bias, seed = steering
-        arguments = (logits.contiguous(), bias, seed, slots)
-        routed = Routed(*_ops().route(*arguments, spec.pack(), spec.numbers(), context_key()))
+        routed = _operations().route(logits, spec, slots, steering)
     else:
         routed = _engine_route.route(logits, spec, slots, steering, current())
     routing = Routing(
@@ -271,8 +268,7 @@ def _route(
     return routing
 
 
-def _ops() -> Any:
-    refuse_transforms()
-    from penstock import _torch_routing
+def _operations() -> Any:
+    from penstock import _torch_operations
 
-    return _torch_routing
+    return _torch_operations.operations()

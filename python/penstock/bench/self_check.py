@@ -56,12 +56,20 @@ def self_check() -> Iterator[Checked]:
     for backend in list_backends():
         if not backend.available:
             continue
+        device = _device() if backend.device == "any" else backend.device
         for dtype in DTYPES:
             sizes = SHAPES[0].sizes
-            if why_not(backend.name, sizes, dtype=dtype, device=backend.device):
+            if why_not(backend.name, sizes, dtype=dtype, device=device):
                 continue
             for shape in SHAPES:
-                yield check_one(Problem(shape, dtype, backend.device, backend=backend.name))
+                yield check_one(Problem(shape, dtype, device, backend=backend.name))
+
+
+def _device() -> str:
+    """Where plain torch operations are checked: on the GPU, where torch has one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_one(problem: Problem) -> Checked:

@@ -72,7 +72,8 @@ std::string device_reason(int index) {
   if (major == 9 && minor == 0) return {};
   return "cuda:" + std::to_string(index) + " has compute capability " + std::to_string(major) +
          "." + std::to_string(minor) +
-         ", the kernels are built for 9.0 (H100, H200); run on the CPU instead";
+         ", the kernels are built for 9.0 (H100, H200); run on the CPU, or, from Python, choose "
+         "torch's own products by name: penstock.backend(\"torch\")";
 }
 
 std::string description() {

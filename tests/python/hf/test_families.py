@@ -50,6 +50,20 @@ def test_fp32_logits_and_gradients(family):
     assert any("experts" in name and grad.any() for name, grad in our_grads.items())
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_the_same_in_plain_torch(family):
+    """penstock.backend("torch") under a patched model: pairs of layouts, biases, other routers."""
+    model, ids = tiny_model(family, seed=1), tokens(1)
+    logits, grads = logits_and_grads(model, ids)
+    penstock.hf.patch(model)
+    with penstock.backend("torch", threads=0):
+        ours, our_grads = logits_and_grads(model, ids)
+    assert relative_error(ours, logits) <= FP32_BAR
+    assert our_grads.keys() == grads.keys()
+    errors = {name: relative_error(our_grads[name], grads[name]) for name in grads}
+    assert max(errors.values()) <= FP32_BAR, max(errors.items(), key=lambda item: item[1])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation(family):
     model, ids = tiny_model(family, seed=2), tokens(2, (2, 9))
