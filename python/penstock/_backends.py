@@ -92,7 +92,10 @@ def chosen_backend(
 
 def _torch_path() -> BackendInfo:
     """What stands for plain torch operations in the list; torch itself is not imported."""
-    installed = find_spec("torch") is not None
+    try:
+        installed = find_spec("torch") is not None
+    except ModuleNotFoundError:  # an import hook withholds it
+        installed = False
     return BackendInfo(
         TORCH,
         "any",
