@@ -6,6 +6,8 @@ The weights are frozen: the operator gives gradients of x, of the scores and of 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from penstock import _engine_adapters
@@ -52,13 +54,9 @@ def adapted_experts(
 
 
 def _adapted_experts_backward_fake(
-    d_output: Tensor,
-    rows: tuple[Tensor, Tensor],
-    adapters: Adapters,
-    weights: Weights,
-    the_pass: Pass,
+    d_output: Tensor, rows: tuple[Tensor, Tensor], adapters: Adapters, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return fake_gradients((*rows, *adapters), the_pass.wanted)
+    return fake_gradients((*rows, *adapters), rest[-1].wanted)
 
 
 @operator(

@@ -249,13 +249,9 @@ def _experts_backward(
 
 
 def _experts_backward_fake(
-    d_output: Tensor,
-    rows: tuple[Tensor, Tensor | None],
-    weights: Weights,
-    trainable: Tensor | None,
-    the_pass: Pass,
+    d_output: Tensor, rows: tuple[Tensor, Tensor | None], weights: Weights, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return fake_gradients((*rows, *weights), the_pass.wanted)
+    return fake_gradients((*rows, *weights), rest[-1].wanted)
 
 
 def _experts_backward_over_h(d_output: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -267,13 +263,16 @@ def _experts_backward_over_h(d_output: Tensor, *rest: Any) -> tuple[Tensor, ...]
     return _experts_backward(d_output, *rest)
 
 
-_SAVED = (Group("Tensor d_output"), _ROWS, WEIGHTS, _TRAINABLE)
+_BACKWARD_INPUTS = (Group("Tensor d_output"), _ROWS, WEIGHTS, _TRAINABLE)
 experts_backward = operator(
-    "experts_backward", Signature(*_SAVED, BACKWARD), _DIFFERENTIABLE, _experts_backward_fake
+    "experts_backward",
+    Signature(*_BACKWARD_INPUTS, BACKWARD),
+    _DIFFERENTIABLE,
+    _experts_backward_fake,
 )(_experts_backward)
 experts_backward_over_h = operator(
     "experts_backward_over_h",
-    Signature(*_SAVED, BACKWARD_OVER_H),
+    Signature(*_BACKWARD_INPUTS, BACKWARD_OVER_H),
     _DIFFERENTIABLE,
     _experts_backward_fake,
 )(_experts_backward_over_h)
