@@ -83,7 +83,8 @@ def adapted_backward(
     call = call_tuple(context, x)
     ranks = adapters.ranks
     size = library().adapted_backward_workspace_bytes(call, saved.config, problem, *ranks)
-    tensors = pass_on(x, d_output, x, saved.scores, saved.h, dx, dscores, workspace(size, x))
+    scratch = workspace(size, x)
+    tensors = pass_on(x, d_output, x, saved.scores, saved.h, dx, dscores, None, None, scratch)
     groups = (
         pass_on(x, *saved.weights), plan_arguments(saved.plan), pass_on(x, *adapters, *grads),
     )  # fmt: skip
