@@ -231,18 +231,27 @@ def experts_forward(
     """
     check_operands(x, weights)
     problem = problem_of(x, weights, plan, config)
-    arrays = arrays_of(x)
+    output, h = new_output_and_h(x, problem, config)
     call = call_tuple(context, x)
-    h = None
-    if config.save == "preactivation":
-        h_size = config.halves * problem.intermediate_size
-        h = arrays.empty((problem.row_capacity, h_size), problem.dtype, x)
-    allocate = arrays.zeros if plan.dispatched else arrays.empty
-    output = allocate((problem.num_tokens, problem.hidden_size), problem.dtype, x)
     scratch = workspace(library().forward_workspace_bytes(call, config, problem), x)
     tensors = pass_on(x, x, scores, h, output, scratch)
     library().experts_forward(call, config, tensors, pass_on(x, *weights), plan_arguments(plan))
     return output, h
+
+
+def new_output_and_h(x: Any, problem: Problem, config: Config) -> tuple[Any, Any]:
+    """What a forward pass fills: (T, d), and (R_cap, h) or None unless save is preactivation.
+
+    Rows in a gap of a receive buffer are never written: an output of dispatched rows starts as
+    zeros.
+    """
+    arrays = arrays_of(x)
+    h = None
+    if config.save == "preactivation":
+        h_size = config.halves * problem.intermediate_size
+        h = arrays.empty((problem.row_capacity, h_size), problem.dtype, x)
+    allocate = arrays.zeros if problem.rows == "dispatched" else arrays.empty
+    return allocate((problem.num_tokens, problem.hidden_size), problem.dtype, x), h
 
 
 def check_operands(x: Any, weights: Weights) -> None:

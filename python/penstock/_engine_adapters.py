@@ -17,6 +17,7 @@ from penstock._engine import (
     Weights,
     call_tuple,
     check_operands,
+    new_output_and_h,
     pass_on,
     plan_arguments,
     problem_of,
@@ -54,14 +55,8 @@ def adapted_forward(
     x, scores, weights = operands
     check_operands(x, weights)
     problem = problem_of(x, weights, plan, config)
-    arrays = arrays_of(x)
+    output, h = new_output_and_h(x, problem, config)
     call = call_tuple(context, x)
-    h = None
-    if config.save == "preactivation":
-        h_size = config.halves * problem.intermediate_size
-        h = arrays.empty((problem.row_capacity, h_size), problem.dtype, x)
-    allocate = arrays.zeros if plan.dispatched else arrays.empty
-    output = allocate((problem.num_tokens, problem.hidden_size), problem.dtype, x)
     size = library().adapted_forward_workspace_bytes(call, config, problem, *adapters.ranks)
     tensors = pass_on(x, x, scores, h, output, workspace(size, x))
     groups = (pass_on(x, *weights), plan_arguments(plan), pass_on(x, *adapters, *NONE))
@@ -88,7 +83,8 @@ def adapted_backward(
     call = call_tuple(context, x)
     ranks = adapters.ranks
     size = library().adapted_backward_workspace_bytes(call, saved.config, problem, *ranks)
-    tensors = pass_on(x, d_output, x, saved.scores, saved.h, dx, dscores, workspace(size, x))
+    scratch = workspace(size, x)
+    tensors = pass_on(x, d_output, x, saved.scores, saved.h, dx, dscores, None, None, scratch)
     groups = (
         pass_on(x, *saved.weights), plan_arguments(saved.plan), pass_on(x, *adapters, *grads),
     )  # fmt: skip

@@ -16,37 +16,15 @@ from torch import Tensor
 from penstock import _engine_route
 from penstock._context import CallContext
 from penstock._engine_route import REPORT_SIZE, Routed, RouterSpec
+from penstock._torch_library import ROUTER, Group, Signature, differentiate, operator
 from penstock._torch_ops import or_absent, refuse_second_order
 
-
-@torch.library.custom_op("penstock::route", mutates_args=())
-def route(
-    logits: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    slots: int,
-    router: str,
-    numbers: list[float],
-    context: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores and int32 ids, (T, K) or (slots), then token_offsets (T+1) and the report."""
-    spec = RouterSpec.unpack(router, numbers)
-    routed = _engine_route.route(logits, spec, slots, (bias, seed), CallContext.unpack(context))
-    ids = routed.ids
-    return routed.scores, ids, *(or_absent(array, ids) for array in routed[2:])
+_Router = tuple[RouterSpec, CallContext]  # what ROUTER's arguments mean
+_STATE = Group("Tensor? bias, Tensor? seed", lambda *state: state)
 
 
-@route.register_fake
-def _(
-    logits: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    slots: int,
-    router: str,
-    numbers: list[float],
-    context: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    spec = RouterSpec.unpack(router, numbers)
+def _route_fake(logits: Tensor, state: Any, slots: int, router: _Router) -> tuple[Tensor, ...]:
+    spec, _ = router
     fixed = spec.fixed_top_k()
     shape = (logits.shape[0], spec.top_k) if fixed else (slots,)
     ids = logits.new_empty(shape, dtype=torch.int32)
@@ -54,66 +32,60 @@ def _(
     return logits.new_empty(shape), ids, offsets, ids.new_empty((0 if fixed else REPORT_SIZE,))
 
 
-@torch.library.custom_op("penstock::replay", mutates_args=())
-def replay(
-    logits: Tensor,
-    ids: Tensor,
-    token_offsets: Tensor | None,
-    router: str,
-    numbers: list[float],
-    context: str,
-) -> Tensor:
+@operator(
+    "route",
+    Signature(Group("Tensor logits"), _STATE, Group("SymInt slots"), ROUTER),
+    4,
+    _route_fake,
+)
+def route(
+    logits: Tensor, state: tuple[Tensor | None, Tensor | None], slots: int, router: _Router
+) -> tuple[Tensor, ...]:
+    """Scores and int32 ids, (T, K) or (slots), then token_offsets (T+1) and the report."""
+    spec, context = router
+    routed = _engine_route.route(logits, spec, slots, state, context)
+    ids = routed.ids
+    return routed.scores, ids, *(or_absent(array, ids) for array in routed[2:])
+
+
+@operator(
+    "replay",
+    Signature(Group("Tensor logits"), Group("Tensor ids"), Group("Tensor? token_offsets"), ROUTER),
+    1,
+    lambda logits, ids, token_offsets, router: logits.new_empty(ids.shape),
+)
+def replay(logits: Tensor, ids: Tensor, token_offsets: Tensor | None, router: _Router) -> Tensor:
     """Scores of the given ids, in their shape."""
-    spec = RouterSpec.unpack(router, numbers)
-    given = Routed(None, ids, token_offsets)
-    return _engine_route.replay(logits, spec, given, CallContext.unpack(context))
+    spec, context = router
+    return _engine_route.replay(logits, spec, Routed(None, ids, token_offsets), context)
 
 
-@replay.register_fake
-def _(
-    logits: Tensor,
-    ids: Tensor,
-    token_offsets: Tensor | None,
-    router: str,
-    numbers: list[float],
-    context: str,
+def _route_backward_fake(
+    dscores: Tensor, logits: Tensor | None, routed: Routed, num_experts: int, router: _Router
 ) -> Tensor:
-    return logits.new_empty(ids.shape)
+    scores = routed.scores
+    return scores.new_empty(((scores if logits is None else logits).shape[0], num_experts))
 
 
-@torch.library.custom_op("penstock::route_backward", mutates_args=())
+@operator(
+    "route_backward",
+    Signature(
+        Group("Tensor dscores"),
+        Group("Tensor? logits"),
+        Group("Tensor scores, Tensor ids, Tensor? token_offsets", Routed),
+        Group("SymInt num_experts"),
+        ROUTER,
+    ),
+    1,
+    _route_backward_fake,
+)
 def route_backward(
-    dscores: Tensor,
-    logits: Tensor | None,
-    scores: Tensor,
-    ids: Tensor,
-    token_offsets: Tensor | None,
-    num_experts: int,
-    router: str,
-    numbers: list[float],
-    context: str,
+    dscores: Tensor, logits: Tensor | None, routed: Routed, num_experts: int, router: _Router
 ) -> Tensor:
     """The logits' gradient (T, E)."""
-    saved = (logits, Routed(scores, ids, token_offsets))
-    spec = RouterSpec.unpack(router, numbers)
-    return _engine_route.route_backward(
-        dscores.contiguous(), saved, num_experts, spec, CallContext.unpack(context)
-    )
-
-
-@route_backward.register_fake
-def _(
-    dscores: Tensor,
-    logits: Tensor | None,
-    scores: Tensor,
-    ids: Tensor,
-    token_offsets: Tensor | None,
-    num_experts: int,
-    router: str,
-    numbers: list[float],
-    context: str,
-) -> Tensor:
-    return scores.new_empty(((scores if logits is None else logits).shape[0], num_experts))
+    spec, context = router
+    saved = (logits, routed)
+    return _engine_route.route_backward(dscores.contiguous(), saved, num_experts, spec, context)
 
 
 def _save(ctx: Any, logits: Tensor, routed: tuple[Tensor, Tensor, Tensor | None]) -> None:
@@ -147,6 +119,6 @@ def _replay_grad(ctx: Any, dscores: Tensor) -> tuple[Any, ...]:
     return (_logits_grad(ctx, dscores), *((None,) * 5))
 
 
-route.register_autograd(_route_grad, setup_context=_route_setup)
-replay.register_autograd(_replay_grad, setup_context=_replay_setup)
-route_backward.register_autograd(refuse_second_order("route_backward"))
+differentiate(route, _route_grad, _route_setup)
+differentiate(replay, _replay_grad, _replay_setup)
+refuse_second_order(route_backward)

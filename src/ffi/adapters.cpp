@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exports of the adapted experts' passes and their sizes. Groups are read by position, see the
-// arrays of names. Called by python/penstock/_engine_adapters.py.
+// Exports of the adapted experts' passes and their sizes. What their groups of tensors hold is in
+// convert.h, and the adapters' below. Called by python/penstock/_engine_adapters.py.
 #include <array>
 
 #include "ffi/convert.h"
@@ -9,9 +9,6 @@
 namespace penstock::binding {
 namespace {
 
-constexpr std::array<std::string_view, 5> kForward = {"x", "scores", "h", "output", "workspace"};
-constexpr std::array<std::string_view, 7> kBackward = {"d_output", "x",       "scores",   "h",
-                                                       "dx",       "dscores", "workspace"};
 constexpr std::array<std::string_view, 8> kAdapters = {
     "adapters.up_a", "adapters.up_b", "adapters.down_a", "adapters.down_b",
     "grads.up_a",    "grads.up_b",    "grads.down_a",    "grads.down_b"};
@@ -28,16 +25,8 @@ void forward(CallContext call, Config config, Tensors tensors, Tensors weights, 
              Tensors adapters) {
   guarded([&] {
     const Scope scope(call);
-    const Group group(tensors, kForward, scope.uint16_as());
     const Group factors(adapters, kAdapters, scope.uint16_as());
-    adapted_experts_forward({.experts = {.config = config_of(config),
-                                         .x = group[0],
-                                         .weights = weights_of(weights, scope),
-                                         .scores = group[1],
-                                         .plan = plan_of(plan),
-                                         .h = group[2],
-                                         .output = group[3],
-                                         .workspace = group.workspace(4)},
+    adapted_experts_forward({.experts = forward_args_of(config, tensors, weights, plan, scope),
                              .adapters = adapters_of(factors, 0)},
                             scope.context());
   });
@@ -47,20 +36,8 @@ void backward(CallContext call, Config config, Tensors tensors, Tensors weights,
               Tensors adapters) {
   guarded([&] {
     const Scope scope(call);
-    const Group group(tensors, kBackward, scope.uint16_as());
     const Group factors(adapters, kAdapters, scope.uint16_as());
-    adapted_experts_backward({.experts = {.config = config_of(config),
-                                          .d_output = group[0],
-                                          .x = group[1],
-                                          .weights = weights_of(weights, scope),
-                                          .scores = group[2],
-                                          .plan = plan_of(plan),
-                                          .h = group[3],
-                                          .dx = group[4],
-                                          .dscores = group[5],
-                                          .weight_grads = {},
-                                          .delayed = {},
-                                          .workspace = group.workspace(6)},
+    adapted_experts_backward({.experts = backward_args_of(config, tensors, weights, plan, scope),
                               .adapters = adapters_of(factors, 0),
                               .grads = adapters_of(factors, kGrads)},
                              scope.context());

@@ -109,6 +109,10 @@ constexpr std::array kRoundingModes = {RoundingMode::nearest_count,
 constexpr std::array kDTypes = {DType::float64, DType::float32, DType::float16, DType::bfloat16,
                                 DType::int32,   DType::int64,   DType::uint8};
 constexpr std::array<std::string_view, 6> kWeightNames = {"w1", "w1_up", "w2", "b1", "b1_up", "b2"};
+constexpr std::array<std::string_view, 5> kForwardNames = {"x", "scores", "h", "output",
+                                                           "workspace"};
+constexpr std::array<std::string_view, 9> kBackwardNames = {
+    "d_output", "x", "scores", "h", "dx", "dscores", "dh", "a_scaled", "workspace"};
 constexpr std::array<std::string_view, 7> kPlanNames = {
     "expert_counts", "expert_offsets", "row_to_token", "row_to_slot",
     "slot_to_row",   "token_offsets",  "dropped_slots"};
@@ -227,6 +231,36 @@ ExpertWeights weights_of(const Tensors& tensors, const Scope& scope) {
           .b1 = group[3],
           .b1_up = group[4],
           .b2 = group[5]};
+}
+
+ExpertsForwardArgs forward_args_of(const Config& config, const Tensors& tensors,
+                                   const Tensors& weights, const Plan& plan, const Scope& scope) {
+  const Group group(tensors, kForwardNames, scope.uint16_as());
+  return {.config = config_of(config),
+          .x = group[0],
+          .weights = weights_of(weights, scope),
+          .scores = group[1],
+          .plan = plan_of(plan),
+          .h = group[2],
+          .output = group[3],
+          .workspace = group.workspace(4)};
+}
+
+ExpertsBackwardArgs backward_args_of(const Config& config, const Tensors& tensors,
+                                     const Tensors& weights, const Plan& plan, const Scope& scope) {
+  const Group group(tensors, kBackwardNames, scope.uint16_as());
+  return {.config = config_of(config),
+          .d_output = group[0],
+          .x = group[1],
+          .weights = weights_of(weights, scope),
+          .scores = group[2],
+          .plan = plan_of(plan),
+          .h = group[3],
+          .dx = group[4],
+          .dscores = group[5],
+          .weight_grads = {},
+          .delayed = {.dh = group[6], .a_scaled = group[7]},
+          .workspace = group.workspace(8)};
 }
 
 RouteProblem router_of(const Router& router) {

@@ -81,6 +81,12 @@ ExpertsProblem problem_of(const Config& config, const Problem& problem);
 RoutingPlan plan_of(const Plan& plan);
 // Six tensors: w1, w1_up, w2, b1, b1_up, b2.
 ExpertWeights weights_of(const Tensors& tensors, const Scope& scope);
+// Five tensors: x, scores, h, output, workspace.
+ExpertsForwardArgs forward_args_of(const Config& config, const Tensors& tensors,
+                                   const Tensors& weights, const Plan& plan, const Scope& scope);
+// Nine tensors: d_output, x, scores, h, dx, dscores, dh, a_scaled, workspace. No weight gradients.
+ExpertsBackwardArgs backward_args_of(const Config& config, const Tensors& tensors,
+                                     const Tensors& weights, const Plan& plan, const Scope& scope);
 // The router's kind, selection, options and top_k; no sizes.
 RouteProblem router_of(const Router& router);
 // The same with the sizes of `problem`.

@@ -50,6 +50,13 @@ def test_second_order_is_a_clear_error(inputs):
         grad.sum().backward()
 
 
+def test_second_order_is_the_same_error_where_the_graph_is_let_go_of(inputs):
+    loss = layer(*inputs).square().sum()
+    (grad,) = torch.autograd.grad(loss, inputs[0], create_graph=True, retain_graph=False)
+    with pytest.raises(NotImplementedError, match="second-order"):
+        grad.sum().backward()
+
+
 def test_gradients_only_where_wanted(inputs):
     x, weights, logits = inputs
     full = torch.autograd.grad(layer(*inputs).sum(), [x, logits, *weights.values()])

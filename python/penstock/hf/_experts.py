@@ -50,7 +50,7 @@ def run_experts(
     routing: top_k_index and top_k_weights; trainable: as functional.moe_experts takes it.
     """
     w1, w2, b1, b2 = weights
-    gate, dtype = layout.gate, compute_dtype(hidden_states)
+    dtype = compute_dtype(hidden_states)
     ids, scores = routing
     output = functional.moe_experts(
         hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype),
@@ -60,13 +60,9 @@ def run_experts(
         ids,
         b1=b1,
         b2=b2,
-        activation=gate.activation,
-        gate_layout=gate.gate_layout,
-        weight_order=layout.weight_order,
-        clamp_alpha=gate.clamp_alpha,
-        clamp_limit=gate.clamp_limit,
         trainable=trainable,
         main_grad=any(hasattr(weight, "main_grad") for weight in weights if weight is not None),
+        **layout.settings(),
     )
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 

@@ -55,7 +55,6 @@ def adapted_forward(
     )
     if adapters is None or trained:
         return type(wrapper).forward(wrapper, hidden_states, top_k_index, top_k_weights)
-    gate = layout.gate
     output = lora.adapted_experts(
         hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype),
         w1,
@@ -65,11 +64,7 @@ def adapted_forward(
         adapters=adapters,
         b1=b1,
         b2=b2,
-        activation=gate.activation,
-        gate_layout=gate.gate_layout,
-        weight_order=layout.weight_order,
-        clamp_alpha=gate.clamp_alpha,
-        clamp_limit=gate.clamp_limit,
+        **layout.settings(),
     )
     return output.to(hidden_states.dtype).reshape(hidden_states.shape)
 

@@ -10,7 +10,7 @@ and are none of our business: they stay the family's own. Used by _patch.py and 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,16 @@ class Layout(NamedTuple):
     gate: Gate
     weight_order: str
     bias: bool
+
+    def settings(self) -> dict[str, Any]:
+        """The layout as functional.moe_experts and lora.adapted_experts take it."""
+        return {
+            "activation": self.gate.activation,
+            "gate_layout": self.gate.gate_layout,
+            "weight_order": self.weight_order,
+            "clamp_alpha": self.gate.clamp_alpha,
+            "clamp_limit": self.gate.clamp_limit,
+        }
 
     def describe(self) -> str:
         """The layout in words, for the report."""
