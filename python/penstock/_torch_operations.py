@@ -13,6 +13,9 @@ import torch
 
 from penstock._context import refuse_transforms, torch_chosen
 
+# Known to: 2.15. Known not to: 2.9. By its number, because looking would import torch._dynamo.
+_COMPILER_READS_CONTEXTS = torch.__version__ >= (2, 15)
+
 
 def operations() -> ModuleType:
     """The functions for the context in force."""
@@ -33,13 +36,6 @@ def torch_is_chosen() -> bool:
     compiled again where the choice is another. Where the compiler cannot read it the answer is no,
     and the engine refuses to run what was compiled if torch is chosen then.
     """
-    if torch.compiler.is_compiling() and not _compiler_reads_contexts():
+    if torch.compiler.is_compiling() and not _COMPILER_READS_CONTEXTS:
         return False
     return torch_chosen()
-
-
-@torch.compiler.assume_constant_result
-def _compiler_reads_contexts() -> bool:
-    from torch._dynamo import source
-
-    return hasattr(source, "ContextVarGetSource")

@@ -7,7 +7,7 @@ import torch
 
 import penstock
 from penstock import functional
-from penstock._torch_operations import _compiler_reads_contexts
+from penstock._torch_operations import _COMPILER_READS_CONTEXTS
 
 SIZES = (64, 48, 6, 2)  # d, n, E, K
 
@@ -74,7 +74,7 @@ def test_a_tape_replays():
 
 
 needs_contexts = pytest.mark.skipif(
-    not _compiler_reads_contexts(), reason="this torch's compiler cannot read context variables"
+    not _COMPILER_READS_CONTEXTS, reason="this torch's compiler cannot read context variables"
 )
 
 
@@ -108,7 +108,7 @@ def test_compiled_code_is_not_compiled_again_for_every_block():
     assert counter.frame_count == 2
 
 
-@pytest.mark.skipif(_compiler_reads_contexts(), reason="this torch compiles it")
+@pytest.mark.skipif(_COMPILER_READS_CONTEXTS, reason="this torch compiles it")
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiler_that_cannot_know_the_choice_ends_in_a_refusal():
     compiled = torch.compile(make_layer(), backend="eager")
