@@ -127,10 +127,11 @@ def _router_logits_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
     ctx.save_for_backward(x, weight)
 
 
-def _router_logits_grad(ctx: Any, dlogits: Tensor) -> tuple[Any, ...]:
+def _router_logits_grad(ctx: Any, dlogits: Tensor, addend: Tensor | None = None) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
-    dx, dweight = router_logits_backward(dlogits, x, weight, wanted, ctx.context)
+    addend = addend if wanted[0] else None
+    dx, dweight = router_logits_backward(dlogits, x, weight, wanted, ctx.context, addend)
     return dx if wanted[0] else None, dweight if wanted[1] else None, None
 
 
@@ -156,13 +157,7 @@ class LogitsAndInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dlogits: Tensor | None, dx: Tensor | None) -> tuple[Any, ...]:
         """Gradients of x and of the weight."""
-        if dlogits is None:
-            return dx, None, None
-        x, weight = ctx.saved_tensors
-        wanted = list(ctx.needs_input_grad[:2])
-        addend = dx if wanted[0] else None
-        dx, dweight = router_logits_backward(dlogits, x, weight, wanted, ctx.context, addend)
-        return dx if wanted[0] else None, dweight if wanted[1] else None, None
+        return (dx, None, None) if dlogits is None else _router_logits_grad(ctx, dlogits, dx)
 
 
 def _plan_fake(

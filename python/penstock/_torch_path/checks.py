@@ -15,7 +15,7 @@ from torch import Tensor
 
 from penstock._context import torch_refusal
 from penstock._engine import Config, Plan, Weights, check_rank
-from penstock._torch_path.activations import ACTIVATIONS
+from penstock._torch_path.activations import ACTIVATIONS, accumulator
 from penstock.errors import invalid
 
 _CHOICES = {
@@ -50,8 +50,7 @@ def check_experts(
     if scores is not None:
         slots = x.shape[0] if plan.dispatched else plan.slot_to_row.shape[0]
         check_shape("scores", scores, (slots,))
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        check_dtype("scores", scores, (wide,))
+        check_dtype("scores", scores, (accumulator(x.dtype),))
     if trainable is not None:
         check_shape("trainable", trainable, (num_experts,))
         check_dtype("trainable", trainable, (torch.uint8, torch.bool))
