@@ -5,8 +5,8 @@
     python benchmarks/hf/finetune.py --device cuda --compile grouped_mm --json rows.jsonl
 
 One random model, whose experts implementation is switched: every implementation that transformers
-registers, and ours, work on the same weights. For each peer the largest batch is found at which its
-step fits into the device's memory; there, one after another in the same process: whole steps (SGD),
+registers, and ours, work on the same weights. For each peer the largest batch is found at which the
+comparison fits into the device's memory. Compared are, in turn in one process: whole steps (SGD),
 one MoE block alone (router and experts, forward and backward, times the number of layers), the
 bytes that the blocks keep for backward, and the peak of memory. `Amdahl` is the speed-up of the
 step if the blocks' time alone had changed:
@@ -22,7 +22,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,10 @@ MODELS: dict[str, dict[str, int]] = {
 BATCHES = {"cuda": (8, 4, 2, 1), "cpu": (1,)}
 SEQUENCE = {"cuda": 4096, "cpu": 512}
 LEARNING_RATE = 1e-4
+
+
+class DoesNotRun(Exception):
+    """A peer fails at any batch; the text is its row's reason."""
 
 
 class Run(NamedTuple):
@@ -132,32 +136,32 @@ def peak_of(step: Callable[[], Any], device: str) -> int | None:
     return torch.cuda.max_memory_allocated()
 
 
-def largest_batch(
-    run: Run, implementation: Implementation, batches: Sequence[int]
-) -> tuple[int, str]:
-    """The first of the batches at which a step runs, or 0 and why none does."""
-    reason = ""
-    for batch in batches:
-        try:
-            with implementation.active(run.model):
-                step_of(run, batch)()
-                synchronize(run.device)
-            return batch, ""
-        except Exception as error:  # whatever keeps a peer from running is its row's reason
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-            if not isinstance(error, torch.OutOfMemoryError):
-                return 0, reason
-        finally:
-            run.optimizer.zero_grad(set_to_none=True)
-            release_memory(run.device)
-    return 0, reason
-
-
-def release_memory(device: str) -> None:
-    """Give back what a step that failed has left."""
+def release_memory(run: Run) -> None:
+    """Give back what a step has left: gradients, reference cycles, the allocator's free blocks."""
+    run.optimizer.zero_grad(set_to_none=True)
     gc.collect()
-    if device == "cuda":
+    if run.device == "cuda":
         torch.cuda.empty_cache()
+
+
+def first_step(run: Run, implementation: Implementation, batch: int) -> None:
+    """One step, to see whether it runs; DoesNotRun where anything but memory is the cause."""
+    try:
+        with implementation.active(run.model):
+            step_of(run, batch)()
+            synchronize(run.device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever keeps a peer from running is its row's reason
+        raise DoesNotRun(reason_of(error)) from None
+    finally:
+        release_memory(run)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's type and first line, without its frames, which hold tensors."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
 
 
 def measure(run: Run, implementation: Implementation, batch: int) -> dict[str, Any]:
@@ -196,15 +200,38 @@ def times_in_turn(
 def compare(
     run: Run, peer: Implementation, ours: Implementation, batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The peer's row and ours at the peer's largest batch; the peer's alone where it cannot run."""
+    """The peer's row and ours at the largest batch at which everything that is measured runs.
+
+    A step that fitted once may not fit while it is timed beside others, so whatever runs out of
+    memory sends the pair to the next batch. Where the peer cannot run, its row alone, batch 0.
+    """
     began = time.perf_counter()
-    batch, reason = largest_batch(run, peer, batches)
-    row = {"impl": peer.name, "batch": batch, "first_step_s": time.perf_counter() - began}
-    if reason:
-        return [row | {"not_run": reason}]
-    own = {"impl": ours.name, "batch": batch, "peer": peer.name}
-    row |= measure(run, peer, batch)
-    own |= measure(run, ours, batch)
+    reason = ""
+    for batch in batches:
+        try:
+            first_step(run, peer, batch)
+            spent = time.perf_counter() - began
+            row, own = rows_of_pair(run, peer, ours, batch)
+            return [row | {"first_step_s": spent}, own]
+        except torch.OutOfMemoryError as error:
+            reason = reason_of(error)
+        except DoesNotRun as error:
+            reason = str(error)
+            break
+        finally:
+            release_memory(run)
+    return [{"impl": peer.name, "batch": 0, "not_run": reason}]
+
+
+def rows_of_pair(
+    run: Run, peer: Implementation, ours: Implementation, batch: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Memory, times and their ratios of the peer and of ours at one batch."""
+    row: dict[str, Any] = {"impl": peer.name, "batch": batch}
+    own: dict[str, Any] = {"impl": ours.name, "batch": batch, "peer": peer.name}
+    for implementation, figures in ((peer, row), (ours, own)):
+        figures |= measure(run, implementation, batch)
+        release_memory(run)
     times = times_in_turn(run, [peer, ours], batch)
     row |= times[peer.name]
     own |= times[ours.name]
@@ -218,7 +245,7 @@ def compare(
     }
     if row["peak_bytes"]:
         own["peak_ratio"] = own["peak_bytes"] / row["peak_bytes"]
-    return [row, own]
+    return row, own
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
@@ -275,8 +302,37 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def compared(run: Run, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every peer, each as soon as it is measured."""
+    known = registered()
+    batches = BATCHES[args.device]
+    for name in args.peers.split(",") if args.peers else known:
+        found = compare(run, Implementation(name), Implementation(OURS), batches)
+        yield found
+        if name in args.compile.split(",") and found[0]["batch"]:
+            no_larger = [batch for batch in batches if batch <= found[0]["batch"]]
+            yield compare(run, Compiled(name), Compiled(OURS), no_larger)
+
+
+def report(found: list[dict[str, Any]], console: Console) -> None:
+    """One line a row, while the next peer is measured."""
+    for row in found:
+        if "not_run" in row:
+            said = f"does not run: {row['not_run']}"
+        else:
+            times = f"step {row['step_ms']:.0f} ms, MoE {row['blocks_ms']:.0f} ms"
+            said = f"batch {row['batch']}: {times}"
+        console.print(f"{row['impl']}: {said}", markup=False)
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a file, one object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def main() -> None:
-    """Compare with every peer, print the table, write the rows."""
+    """Compare with every peer, write its rows when they are there, print the table."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -293,23 +349,13 @@ def main() -> None:
     console = Console(width=110)
     rows = []
     with penstock.backend(threads=args.threads):
-        known = registered()
-        for name in args.peers.split(",") if args.peers else known:
-            console.print(f"{name} ...")
-            found = compare(run, Implementation(name), Implementation(OURS), BATCHES[args.device])
-            if name in args.compile.split(",") and found[0]["batch"]:
-                console.print(f"{name}, compiled ...")
-                same = [found[0]["batch"]]
-                found += compare(run, Compiled(name), Compiled(OURS), same)
+        for found in compared(run, args):
             rows += found
+            report(found, console)
+            if args.json is not None:
+                append_rows(args.json, [facts | row for row in found])
     title = ", ".join(f"{value:,}" if isinstance(value, int) else value for value in facts.values())
     console.print(table_of(rows, title))
-    for row in rows:
-        if "not_run" in row:
-            console.print(f"{row['impl']} does not run: {row['not_run']}", markup=False)
-    if args.json is not None:
-        with args.json.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(facts | row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":
