@@ -22,6 +22,8 @@ inline constexpr int32_t kThinTileN = 64;
 // Of a weight gradient's tile: the side that is gathered, and the other.
 inline constexpr int32_t kGatheredTile = 128;
 inline constexpr int32_t kDirectTile = 256;
+// The gathered side beside a direct one of at most kThinTileN columns.
+inline constexpr int32_t kThinGradientTile = 256;
 
 // Token rows of a tile: 64 or 128. Rows are known on the host only as a capacity, so the expected
 // load of an expert decides, with a margin of two standard deviations of a random routing.

@@ -173,6 +173,12 @@ class RowSchedule {
 struct AxisTiles {
   int32_t tiles;
   int32_t halves;
+
+  // The half and the first index inside it of a tile of `size`.
+  __device__ void place(int32_t tile, int32_t size, int32_t& half, int32_t& first) const {
+    half = tile < tiles || halves == 1 ? 0 : 1;
+    first = (tile - half * tiles) * size;
+  }
 };
 
 struct ColumnScheduleParams {
@@ -208,8 +214,8 @@ class ColumnSchedule {
       const int32_t index = tile_ - work.expert * per_expert;
       const int32_t across = quotient_of(index, listed);
       const int32_t along = index - across * listed;
-      place(params_.m, kFastest == Axis::m ? along : across, TileType::kM, work.m_half, work.m);
-      place(params_.n, kFastest == Axis::m ? across : along, TileType::kN, work.n_half, work.n);
+      params_.m.place(kFastest == Axis::m ? along : across, TileType::kM, work.m_half, work.m);
+      params_.n.place(kFastest == Axis::m ? across : along, TileType::kN, work.n_half, work.n);
       work.rows = params_.groups.count(work.expert);
       work.row_begin = params_.groups.offset(work.expert);
       work.k_tiles = (work.rows + 63) / 64;
@@ -221,12 +227,6 @@ class ColumnSchedule {
   }
 
  private:
-  static __device__ void place(const AxisTiles& axis, int32_t tile, int32_t size, int32_t& half,
-                               int32_t& first) {
-    half = tile < axis.tiles || axis.halves == 1 ? 0 : 1;
-    first = (tile - half * axis.tiles) * size;
-  }
-
   const Params& params_;
   int32_t tile_;
 };

@@ -9,6 +9,17 @@
 
 namespace penstock::cuda {
 
+template <typename G>
+void launch_store(const RowProblem& problem, const StoreOutput& output, const Context& context) {
+  using TileType = typename G::Tile;
+  launch_rows<G, TileType::kN>(
+      problem,
+      {row_target<typename TileType::Element>("output rows", output.out, 1),
+       {bias_of(output.bias), output.scale, rows_of(output.addend)},
+       static_cast<int32_t>(problem.b.n_extent)},
+      context);
+}
+
 template <typename Element, template <typename, int> class Producer, int kTileN = kWideTileN>
 struct StoreLauncher {
   const RowProblem& problem;
@@ -20,12 +31,7 @@ struct StoreLauncher {
     // The weights of a narrow tile are too few to be worth sharing in pairs of blocks.
     constexpr int kCluster = kTileN == kWideTileN ? kRowCluster<kTileM> : 1;
     using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor, kCluster>;
-    using G = RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>;
-    launch_rows<G, kTileN>(problem,
-                           {row_target<Element>("output rows", output.out, 1),
-                            {bias_of(output.bias), output.scale, rows_of(output.addend)},
-                            static_cast<int32_t>(problem.b.n_extent)},
-                           context);
+    launch_store<RowGemm<TileType, 1, Producer, StoreEpilogue<TileType>>>(problem, output, context);
   }
 };
 

@@ -6,6 +6,7 @@
 
 #include "backends/cuda/gemm/epilogue_weight_gradient.cuh"
 #include "backends/cuda/gemm/launch.cuh"
+#include "backends/cuda/gemm/schedule_thin.cuh"
 
 namespace penstock::cuda {
 
@@ -38,16 +39,33 @@ ColumnSide column_side(const GradientSide& side, int64_t row_capacity) {
   return result;
 }
 
+// Tiles by which side is gathered.
+template <typename Element, Gathered kGathered, int kGatheredSize, int kDirectSize, int kCluster>
+using GradientTile =
+    Tile<Element, kGathered == Gathered::left ? kGatheredSize : kDirectSize,
+         kGathered == Gathered::left ? kDirectSize : kGatheredSize, Major::mn, Major::mn, kCluster>;
+
 template <typename Element, Gathered kGathered>
+struct WideGradient {
+  using Tile = GradientTile<Element, kGathered, kGatheredTile, kDirectTile, 2>;
+  using Schedule = ColumnSchedule<Tile, kGathered == Gathered::left ? Axis::m : Axis::n>;
+};
+
+// The direct side is the thin one, of an adapter's factor: as few columns of it as a block has,
+// and the order that reads the other side from memory once.
+template <typename Element, Gathered kGathered>
+struct ThinGradient {
+  using Tile = GradientTile<Element, kGathered, kThinGradientTile, kThinTileN, 1>;
+  using Schedule = SliceSchedule<Tile>;
+};
+
+template <typename Element, template <typename, Gathered> class Form, Gathered kGathered>
 void launch_gradient(const GradientSide& left, const GradientSide& right,
                      const WeightGradientArgs& args, const WeightGradientEpilogueParams& epilogue,
                      const Context& context) {
-  constexpr int kTileM = kGathered == Gathered::left ? kGatheredTile : kDirectTile;
-  constexpr int kTileN = kGathered == Gathered::left ? kDirectTile : kGatheredTile;
-  constexpr Axis kFastest = kGathered == Gathered::left ? Axis::m : Axis::n;
-  using TileType = Tile<Element, kTileM, kTileN, Major::mn, Major::mn, 2>;
-  using G = Gemm<TileType, ColumnSchedule<TileType, kFastest>, GatheredColumns<TileType, kGathered>,
-                 WeightGradientEpilogue<TileType>>;
+  using TileType = typename Form<Element, kGathered>::Tile;
+  using G = Gemm<TileType, typename Form<Element, kGathered>::Schedule,
+                 GatheredColumns<TileType, kGathered>, WeightGradientEpilogue<TileType>>;
   const GradientSide& gathered = kGathered == Gathered::left ? left : right;
   typename G::Params params = {};
   params.operands.left = column_side<Element>(left, args.rows.row_capacity);
@@ -60,8 +78,8 @@ void launch_gradient(const GradientSide& left, const GradientSide& right,
   };
   params.schedule = {groups_of(args.rows),
                      args.trainable.present() ? args.trainable.template as<uint8_t>() : nullptr,
-                     {tiles(epilogue.rows, kTileM), left.halves},
-                     {tiles(epilogue.columns, kTileN), right.halves}};
+                     {tiles(epilogue.rows, TileType::kM), left.halves},
+                     {tiles(epilogue.columns, TileType::kN), right.halves}};
   params.epilogue = epilogue;
   const auto along = [](const AxisTiles& axis) { return int64_t{axis.tiles} * axis.halves; };
   // An odd axis gets one more tile, so this bound counts both axes as if they did.
@@ -117,10 +135,14 @@ void weight_gradient(const WeightGradientArgs& args, const Context& context) {
     epilogue.out[half] = {gradient_map<Element>(epilogue, out, stride, num_experts), out.data,
                           out.expert_stride, stride};
   }
-  if (left.access == RowAccess::gathered) {
-    launch_gradient<Element, Gathered::left>(left, right, args, epilogue, context);
+  if (right.access == RowAccess::direct && epilogue.columns <= kThinTileN) {
+    launch_gradient<Element, ThinGradient, Gathered::left>(left, right, args, epilogue, context);
+  } else if (left.access == RowAccess::direct && epilogue.rows <= kThinTileN) {
+    launch_gradient<Element, ThinGradient, Gathered::right>(left, right, args, epilogue, context);
+  } else if (left.access == RowAccess::gathered) {
+    launch_gradient<Element, WideGradient, Gathered::left>(left, right, args, epilogue, context);
   } else {
-    launch_gradient<Element, Gathered::right>(left, right, args, epilogue, context);
+    launch_gradient<Element, WideGradient, Gathered::right>(left, right, args, epilogue, context);
   }
 }
 
