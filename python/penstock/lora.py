@@ -125,6 +125,8 @@ def _in_whole_vectors(adapters: Adapters) -> Adapters:
         if a is None or b is None:
             return a, b
         missing = -a.shape[1] % _RANK_GRANULE
+        if missing == 0:  # F.pad would copy
+            return a.contiguous(), b.contiguous()
         return F.pad(a, (0, 0, 0, missing)).contiguous(), F.pad(b, (0, missing)).contiguous()
 
     return Adapters(
