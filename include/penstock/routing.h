@@ -85,6 +85,42 @@ enum class Selection : uint8_t { chosen, given };
 
 PENSTOCK_API std::string_view name_of(Selection selection);
 
+// Any routing, ours or the caller's. Scores and ids are flat over slots, in token order. An id of
+// -1, or any id >= E, skips its slot.
+struct Routing {
+  TensorView scores;         // (slots)  fp32 or float64
+  TensorView ids;            // (slots)  int32 or int64
+  TensorView token_offsets;  // (T+1)    int32, absent when every token has top_k slots
+                             // slots at or past the last offset are padding, with ids of -1
+  int64_t num_tokens = 0;
+  int32_t top_k = 0;  // 0 when token_offsets is given
+
+  int64_t num_slots() const { return ids.numel(); }
+};
+
+// The plan: int32 arrays that the caller owns, filled by build_plan or by a router without a fixed
+// K, read by everything after.
+//
+// Rows of expert e are expert_offsets[e] .. expert_offsets[e] + expert_counts[e]. Plans built here
+// have no gaps (offsets[e+1] = offsets[e] + counts[e]); a caller who brings rows already dispatched
+// may leave gaps (a padded receive buffer), and rows in a gap are never read or written.
+// Rows at or past row_capacity do not exist: a slot that would land there is skipped
+// (slot_to_row = -1), taken off the counts, and counted in `dropped_slots`.
+struct RoutingPlan {
+  TensorView expert_counts;   // (E)
+  TensorView expert_offsets;  // (E+1)    exclusive, leading 0
+  TensorView row_to_token;    // (R_cap)  absent: rows are already dispatched, row r reads X[r]
+  TensorView row_to_slot;     // (R_cap)  absent: as above, scores (if any) are per row
+  TensorView slot_to_row;     // (slots)  -1: skipped; absent: as above
+  TensorView token_offsets;   // (T+1)    absent when every token has top_k slots
+  TensorView dropped_slots;   // (1)      slots dropped for want of capacity; absent: not wanted
+  int32_t top_k = 0;          // 0 when token_offsets is given
+
+  bool present() const { return expert_counts.present(); }
+  int64_t num_experts() const { return expert_counts.numel(); }
+  bool dispatched() const { return !row_to_token.present(); }
+};
+
 // Forward: ids[t] holds the K experts of token t by falling score; ties go to the lower id. A NaN
 // logit ranks below every number, so a token always has K distinct valid ids; its scores are then
 // NaN if a chosen logit is NaN (or, with softmax over all E, if any is). Among chosen logits that
@@ -103,6 +139,9 @@ struct RouterForwardArgs {
   TensorView report = {};         // (kRouterReportSize) out, int32, absent: not wanted
   Selection selection = Selection::chosen;
   Workspace workspace = {};
+  RoutingPlan plan = {};  // out, what build_plan makes of ids and token_offsets, where K is not
+                          // fixed and they are chosen; absent: not wanted. R_cap = slots; its
+                          // token_offsets are absent or the router's, dropped_slots are absent.
 };
 
 // Backward: dlogits from dscores. Overwrites every element of dlogits; elements that the scores
@@ -139,40 +178,6 @@ PENSTOCK_API int64_t route_workspace_bytes(const RouteProblem& problem, const Co
 // Slots that token_rounding may fill: T * K + E * (M - 1), or T * K where T < M and nothing is
 // rounded. Its scores and ids have as many.
 PENSTOCK_API int64_t token_rounding_slots(const RouteProblem& problem);
-
-// Any routing, ours or the caller's. Scores and ids are flat over slots, in token order. An id of
-// -1, or any id >= E, skips its slot.
-struct Routing {
-  TensorView scores;         // (slots)  fp32 or float64
-  TensorView ids;            // (slots)  int32 or int64
-  TensorView token_offsets;  // (T+1)    int32, absent when every token has top_k slots
-                             // slots at or past the last offset are padding, with ids of -1
-  int64_t num_tokens = 0;
-  int32_t top_k = 0;  // 0 when token_offsets is given
-
-  int64_t num_slots() const { return ids.numel(); }
-};
-
-// The plan: int32 arrays that the caller owns, filled by build_plan, read by everything after.
-//
-// Rows of expert e are expert_offsets[e] .. expert_offsets[e] + expert_counts[e]. Plans built here
-// have no gaps (offsets[e+1] = offsets[e] + counts[e]); a caller who brings rows already dispatched
-// may leave gaps (a padded receive buffer), and rows in a gap are never read or written.
-// Rows at or past row_capacity do not exist: a slot that would land there is skipped
-// (slot_to_row = -1), taken off the counts, and counted in `dropped_slots`.
-struct RoutingPlan {
-  TensorView expert_counts;   // (E)
-  TensorView expert_offsets;  // (E+1)    exclusive, leading 0
-  TensorView row_to_token;    // (R_cap)  absent: rows are already dispatched, row r reads X[r]
-  TensorView row_to_slot;     // (R_cap)  absent: as above, scores (if any) are per row
-  TensorView slot_to_row;     // (slots)  -1: skipped; absent: as above
-  TensorView token_offsets;   // (T+1)    absent when every token has top_k slots
-  TensorView dropped_slots;   // (1)      slots dropped for want of capacity; absent: not wanted
-  int32_t top_k = 0;          // 0 when token_offsets is given
-
-  int64_t num_experts() const { return expert_counts.numel(); }
-  bool dispatched() const { return !row_to_token.present(); }
-};
 
 // How user-given ids are treated. `trusted`: every id outside [0, E) skips its slot, a duplicate
 // is one more row. `checked`: a negative id other than -1, or a duplicate within a token, is an

@@ -188,15 +188,7 @@ def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: Ca
     num_slots = ids.shape[0]
     top_k = slots_per_token(ids, token_offsets, num_tokens)
     arrays = arrays_of(ids)
-    plan = Plan(
-        arrays.empty((num_experts,), "int32", ids),
-        arrays.empty((num_experts + 1,), "int32", ids),
-        arrays.empty((num_slots,), "int32", ids),
-        arrays.empty((num_slots,), "int32", ids),
-        arrays.empty((num_slots,), "int32", ids),
-        token_offsets,
-        top_k,
-    )
+    plan = empty_plan(ids, token_offsets, num_experts)._replace(top_k=top_k)
     call = call_tuple(context, ids)
     device = arrays.device(ids)
     problem = Problem(0, 0, 0, num_experts, num_slots, num_slots, "float32", *device)
@@ -204,6 +196,13 @@ def build_plan(ids: Any, token_offsets: Any, shape: tuple[int, int], context: Ca
     tensors = pass_on(ids, None, ids, token_offsets, scratch)
     library().build_plan(call, tensors, num_tokens, plan_arguments(plan))
     return plan
+
+
+def empty_plan(ids: Any, token_offsets: Any, num_experts: int) -> Plan:
+    """The arrays of a plan of flat ids (slots), with nothing in them yet."""
+    arrays = arrays_of(ids)
+    sizes = (num_experts, num_experts + 1, *(3 * (ids.shape[0],)))
+    return Plan(*(arrays.empty((size,), "int32", ids) for size in sizes), token_offsets)
 
 
 def slots_per_token(ids: Any, token_offsets: Any, num_tokens: int) -> int:

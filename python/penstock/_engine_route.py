@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 
 from penstock._arrays import arrays_of
 from penstock._context import CallContext
-from penstock._engine import Problem, call_tuple, check_rank, pass_on
+from penstock._engine import (
+    Plan,
+    Problem,
+    call_tuple,
+    check_rank,
+    empty_plan,
+    pass_on,
+    plan_arguments,
+)
 from penstock._library import library
 from penstock._memory import workspace
 from penstock._ranges import ranged
@@ -19,6 +27,7 @@ from penstock.errors import invalid
 
 REPORT_SIZE = 5  # kRouterReportSize of include/penstock/routing.h
 FIXED_TOP_K = ("softmax_topk", "topk_softmax", "topk_softmax_normalized", "sigmoid_topk")
+_NO_PLAN = ((None,) * 7, 0)  # in place of plan_arguments
 
 
 class RouterSpec(NamedTuple):
@@ -61,12 +70,16 @@ class RouterSpec(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """What a router writes. scores and ids: (T, K), or (slots) with token_offsets (T+1)."""
+    """What a router writes. scores and ids: (T, K), or (slots) with token_offsets (T+1).
+
+    A router without a fixed K sorts its slots by expert as well: plan, None otherwise.
+    """
 
     scores: Any
     ids: Any
     token_offsets: Any = None
     report: Any = None
+    plan: Plan | None = None
 
 
 @ranged
@@ -78,20 +91,22 @@ def route(
     num_tokens, num_experts = logits.shape
     arrays = arrays_of(logits)
     dtype = arrays.dtype_name(logits)
-    if spec.fixed_top_k():
+    fixed = spec.fixed_top_k()
+    if fixed:
         check_top_k(spec.top_k, num_experts)
-        shape: tuple[int, ...] = (num_tokens, spec.top_k)
-        offsets = report = None
-    else:
-        shape = (slots,)
-        offsets = arrays.empty((num_tokens + 1,), "int32", logits)
-        report = arrays.empty((REPORT_SIZE,), "int32", logits)
+    shape = (num_tokens, spec.top_k) if fixed else (slots,)
     scores = arrays.empty(shape, dtype, logits)
     ids = arrays.empty(shape, "int32", logits)
+    offsets = report = plan = None
+    if not fixed:
+        offsets = arrays.empty((num_tokens + 1,), "int32", logits)
+        report = arrays.empty((REPORT_SIZE,), "int32", logits)
+        plan = empty_plan(ids, offsets, num_experts)
     scratch = _workspace(logits, spec, slots, context)
     tensors = pass_on(logits, logits, scores, ids, *steering, offsets, report, scratch)
-    library().route(call_tuple(context, logits), spec, tensors)
-    return Routed(scores, ids, offsets, report)
+    into = _NO_PLAN if plan is None else plan_arguments(plan)
+    library().route(call_tuple(context, logits), spec, tensors, into)
+    return Routed(scores, ids, offsets, report, plan)
 
 
 @ranged
@@ -103,7 +118,7 @@ def replay(logits: Any, spec: RouterSpec, given: Routed, context: CallContext) -
     scores = arrays.empty(tuple(given.ids.shape), arrays.dtype_name(logits), logits)
     scratch = _workspace(logits, spec, given.ids.shape[0], context)
     tensors = (logits, scores, given.ids, None, None, given.token_offsets, None, scratch)
-    library().route(call_tuple(context, logits), spec, pass_on(logits, *tensors))
+    library().route(call_tuple(context, logits), spec, pass_on(logits, *tensors), _NO_PLAN)
     return scores
 
 

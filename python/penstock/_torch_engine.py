@@ -33,7 +33,11 @@ def logits_and_input(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 def route(logits: Tensor, spec: RouterSpec, slots: int, steering: tuple[Any, Any]) -> Routed:
     """What the router of `spec` chooses; slots and steering as in _engine_route.route."""
     arguments = (logits.contiguous(), *steering, slots)
-    return Routed(*_torch_routing.route(*arguments, spec.pack(), spec.numbers(), context_key()))
+    arrays = _torch_routing.route(*arguments, spec.pack(), spec.numbers(), context_key())
+    scores, ids, offsets, report, *plan = arrays
+    if spec.fixed_top_k():
+        return Routed(scores, ids)
+    return Routed(scores, ids, offsets, report, Plan(*plan, offsets))
 
 
 def replay(logits: Tensor, spec: RouterSpec, given: Routed) -> Tensor:

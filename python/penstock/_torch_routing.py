@@ -2,7 +2,7 @@
 """The routers as torch.library operators, with autograd; as _torch_ops.py is for the experts.
 
 `router` and `numbers` are RouterSpec.pack() and .numbers(), `context` is CallContext.pack. Outputs
-that a router with a fixed K has none of (token_offsets, report) are tensors of no elements.
+that a router with a fixed K has none of (token_offsets, report, plan) are tensors of no elements.
 Imported by routers.py at the first call with a torch tensor.
 """
 
@@ -19,6 +19,8 @@ from penstock._engine_route import REPORT_SIZE, Routed, RouterSpec
 from penstock._torch_library import ROUTER, Group, Signature, differentiate, operator
 from penstock._torch_ops import or_absent, refuse_second_order
 
+PLAN_ARRAYS = 5  # of Plan: those that are the plan's own
+
 _Router = tuple[RouterSpec, CallContext]  # what ROUTER's arguments mean
 _STATE = Group("Tensor? bias, Tensor? seed", lambda *state: state)
 
@@ -28,24 +30,28 @@ def _route_fake(logits: Tensor, state: Any, slots: int, router: _Router) -> tupl
     fixed = spec.fixed_top_k()
     shape = (logits.shape[0], spec.top_k) if fixed else (slots,)
     ids = logits.new_empty(shape, dtype=torch.int32)
-    offsets = ids.new_empty((0 if fixed else logits.shape[0] + 1,))
-    return logits.new_empty(shape), ids, offsets, ids.new_empty((0 if fixed else REPORT_SIZE,))
+    num_tokens, num_experts = logits.shape
+    sizes = (num_tokens + 1, REPORT_SIZE, num_experts, num_experts + 1, slots, slots, slots)
+    others = (ids.new_empty((0 if fixed else size,)) for size in sizes)
+    return logits.new_empty(shape), ids, *others
 
 
 @operator(
     "route",
     Signature(Group("Tensor logits"), _STATE, Group("SymInt slots"), ROUTER),
-    4,
+    2 + 2 + PLAN_ARRAYS,
     _route_fake,
 )
 def route(
     logits: Tensor, state: tuple[Tensor | None, Tensor | None], slots: int, router: _Router
 ) -> tuple[Tensor, ...]:
-    """Scores and int32 ids, (T, K) or (slots), then token_offsets (T+1) and the report."""
+    """Scores and ids, (T, K) or (slots), then token_offsets (T+1), report, the plan's arrays."""
     spec, context = router
     routed = _engine_route.route(logits, spec, slots, state, context)
     ids = routed.ids
-    return routed.scores, ids, *(or_absent(array, ids) for array in routed[2:])
+    arrays = (None,) * PLAN_ARRAYS if routed.plan is None else routed.plan[:PLAN_ARRAYS]
+    others = (routed.token_offsets, routed.report, *arrays)
+    return routed.scores, ids, *(or_absent(array, ids) for array in others)
 
 
 @operator(

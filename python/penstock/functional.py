@@ -122,8 +122,11 @@ def make_plan(routing: Routing, num_experts: int) -> Plan:
     """The routing's plan: int32 arrays that sort its slots by expert, inside an expert by slot.
 
     Inside `penstock.backend(id_checks="checked")` a negative id other than -1, or an expert twice
-    in one token, is a ValueError; otherwise any id outside [0, E) skips its slot.
+    in one token, is a ValueError; otherwise any id outside [0, E) skips its slot. A routing that
+    carries its plan, for as many experts, gives that.
     """
+    if routing.plan is not None and routing.plan.expert_counts.shape[0] == num_experts:
+        return routing.plan
     if is_torch(routing.ids):
         return _operations().plan(routing, num_experts)
     shape = (routing.num_tokens, num_experts)

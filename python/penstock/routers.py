@@ -265,6 +265,7 @@ def _route(
         routing.top_k = spec.top_k
     else:
         routing.token_offsets, routing.report = routed.token_offsets, routed.report
+        routing.plan = routed.plan
     return routing
 
 

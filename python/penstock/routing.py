@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from penstock._engine import Plan
 from penstock._engine_route import RouterSpec
 from penstock.errors import invalid
 
@@ -37,6 +38,8 @@ class Routing:
     token_offsets: (T+1) int32 where tokens have differing numbers of experts, else None. Slots at
     or past the last offset are padding and hold ids of -1.
     report: (5) int32 of a router without a fixed K, else None; see read_report.
+    plan: what functional.plan makes of these ids and offsets, where the router has it already, else
+    None. Set it to None where you write into them.
     router: how the scores follow from the logits, where a router of penstock made them.
     """
 
@@ -47,6 +50,7 @@ class Routing:
     token_offsets: Any = None
     report: Any = None
     router: RouterSpec | None = None
+    plan: Plan | None = None
 
     @classmethod
     def from_topk(cls, scores: Any, ids: Any) -> Routing:

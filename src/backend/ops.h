@@ -88,6 +88,14 @@ struct PlanArgs {
   Workspace scratch;
 };
 
+// The routing that a router without a fixed K fills.
+inline Routing chosen_routing(const RouterForwardArgs& args) {
+  return {.scores = args.scores,
+          .ids = args.ids,
+          .token_offsets = args.token_offsets,
+          .num_tokens = args.logits.size(0)};
+}
+
 // H_r = X_{token(r)} W1_e^T + b1_e + low rank (stored), A_r = act(H_r as stored).
 struct UpProjectionArgs {
   RowGroups rows;

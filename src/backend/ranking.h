@@ -31,9 +31,9 @@ inline PENSTOCK_HOST_DEVICE float times(float a, float b) { return a * b; }
 inline PENSTOCK_HOST_DEVICE float over(float a, float b) { return a / b; }
 #endif
 
-// exp(x) within 2e-7 of itself: 2^n by exponent bits times the Taylor polynomial of degree 7 of the
-// rest, which is at most ln(2) / 2. Below -87 it is 0, above 88 infinity; a NaN stays one.
-inline PENSTOCK_HOST_DEVICE float exponential(float x) {
+// exp(x) of x up to 88 within 2e-7 of itself: 2^n by exponent bits times the Taylor polynomial of
+// degree 7 of the rest, which is at most ln(2) / 2. Below -87 it is 0; a NaN stays one.
+inline PENSTOCK_HOST_DEVICE float exponential_below_88(float x) {
   constexpr float kLog2OfE = 0x1.715476p0f;
   constexpr float kLn2High = 0x1.62ep-1f;  // times an integer of 9 bits it is exact
   constexpr float kLn2Low = 0x1.0bfbe8p-15f;
@@ -46,12 +46,16 @@ inline PENSTOCK_HOST_DEVICE float exponential(float x) {
   float sum = 1.0f / 5040;
   for (const float coefficient : kInverseFactorials) sum = plus(times(sum, rest), coefficient);
   constexpr uint32_t kExponentBias = 127;
+  constexpr int kMantissaBits = 23;  // those of kRounder are shifted out
   const uint32_t exponent =
-      std::bit_cast<uint32_t>(rounded) - std::bit_cast<uint32_t>(kRounder) + kExponentBias;
-  const float power = std::bit_cast<float>(exponent << 23);
+      (std::bit_cast<uint32_t>(rounded) << kMantissaBits) + (kExponentBias << kMantissaBits);
+  return x < -87.0f ? 0.0f : times(sum, std::bit_cast<float>(exponent));
+}
+
+// exp(x) of any x; above 88 it is infinity.
+inline PENSTOCK_HOST_DEVICE float exponential(float x) {
   if (x != x) return x;
-  if (x < -87.0f) return 0.0f;
-  return x > 88.0f ? std::numeric_limits<float>::infinity() : times(sum, power);
+  return x > 88.0f ? std::numeric_limits<float>::infinity() : exponential_below_88(x);
 }
 
 // 1 / (1 + exp(-logit)).

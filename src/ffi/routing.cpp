@@ -47,7 +47,7 @@ void logits_backward(CallContext call, Tensors tensors) {
   });
 }
 
-void route(CallContext call, Router router, Tensors tensors) {
+void route(CallContext call, Router router, Tensors tensors, Plan into) {
   guarded([&] {
     const Scope scope(call);
     const Group group(tensors, kRoute, scope.uint16_as());
@@ -63,7 +63,8 @@ void route(CallContext call, Router router, Tensors tensors) {
                     .token_offsets = group[5],
                     .report = group[6],
                     .selection = how.selection,
-                    .workspace = group.workspace(7)},
+                    .workspace = group.workspace(7),
+                    .plan = plan_of(into)},
                    scope.context());
   });
 }

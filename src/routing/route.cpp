@@ -7,6 +7,7 @@
 #include "backend/registry.h"
 #include "penstock/routing.h"
 #include "routing/id_checks.h"
+#include "routing/plan_checks.h"
 #include "routing/router_options.h"
 #include "tensor/checks.h"
 #include "tensor/overlap.h"
@@ -93,6 +94,30 @@ void check_router_inputs(const RouterForwardArgs& args, const RouteProblem& prob
                {"report", "(kRouterReportSize)", {kRouterReportSize}, {DType::int32}, device});
 }
 
+// A plan that the router hands over: of the slots that it fills, a row for each.
+void check_router_plan(const RouterForwardArgs& args) {
+  const RoutingPlan& plan = args.plan;
+  if (!plan.present()) return;
+  constexpr std::string_view kBuild = "only a router without a fixed K that chooses hands one over";
+  if (has_fixed_top_k(args.kind) || args.selection == Selection::given)
+    return check_absent(plan.expert_counts, "plan.expert_counts", kBuild);
+  check_absent(plan.dropped_slots, "plan.dropped_slots", "every slot has a row");
+  RoutingPlan arrays = plan;
+  arrays.token_offsets = args.token_offsets;
+  check_plan_arrays(arrays, chosen_routing(args));
+  const int64_t num_experts = args.logits.size(1);
+  const int64_t num_slots = args.ids.numel();
+  if (plan.num_experts() != num_experts)
+    fail({"plan.expert_counts", std::to_string(plan.num_experts()) + " experts",
+          std::to_string(num_experts) + ", as the logits have", "Size it by the logits."});
+  if (plan.row_to_token.numel() != num_slots)
+    fail({"plan.row_to_token", std::to_string(plan.row_to_token.numel()) + " rows",
+          std::to_string(num_slots) + ", one for each slot", "Size it by the ids."});
+  if (plan.token_offsets.present() && plan.token_offsets.data != args.token_offsets.data)
+    fail({"plan.token_offsets", "an array of its own", "token_offsets, or none",
+          "Leave it out: the router's are the plan's."});
+}
+
 // Offsets that a replay is given address memory.
 void check_given_offsets(const RouterForwardArgs& args, const RouteProblem& problem) {
   if (args.selection == Selection::chosen || !args.token_offsets.present()) return;
@@ -121,6 +146,7 @@ void check_forward_aliases(const RouterForwardArgs& args, int64_t needed) {
     aliases.output(args.ids, "ids");
     aliases.output(args.token_offsets, "token_offsets");
     aliases.output(args.report, "report");
+    add_plan_outputs(args.plan, aliases);
   } else {
     aliases.input(args.ids, "ids");
     aliases.input(args.token_offsets, "token_offsets");
@@ -142,6 +168,7 @@ void router_forward(const RouterForwardArgs& args, const Context& context) {
   check_route_problem(problem);
   check_slots(args, problem);
   check_router_inputs(args, problem);
+  check_router_plan(args);
   const Backend& backend = select_backend(problem, context);
   const int64_t needed = backend.route_scratch_bytes(problem, context);
   check_workspace(args.workspace, needed, "route_workspace_bytes");

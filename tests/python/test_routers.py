@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,26 @@ def test_replay_gives_the_same_bits_and_gradients(row, kind):
     dscores = torch.linspace(-1, 1, len(routing.scores), dtype=torch.float64)
     grads = [torch.autograd.grad(r.scores, logits, dscores)[0] for r in (routing, again)]
     torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("row", CASES["routers"], ids=label)
+@pytest.mark.parametrize("form", [torch.from_numpy, np.asarray], ids=["torch", "numpy"])
+def test_a_routing_carries_the_plan_of_its_ids(row, form):
+    logits = np.random.default_rng(3).standard_normal((40, 12)).astype(np.float32)
+    options = options_of(row["options"], 12, torch.float32)
+    if "bias" in options:
+        options["bias"] = form(options["bias"].numpy())
+    if options.get("mode") == "SR-f":
+        options["seed"] = 5
+    routing = functional.route(form(logits), 3, router=row["router"], **options)
+    assert (routing.plan is None) == routing.router.fixed_top_k()
+    built = functional.plan(replace(routing, plan=None), 12)
+    for carried, array in zip(functional.plan(routing, 12), built, strict=True):
+        assert np.array_equal(carried, array)
+    wider = functional.plan(routing, 13)  # of more experts than the router has
+    assert wider.expert_counts[12] == 0 and len(wider.expert_offsets) == 14
+    replayed = routers.replay(form(-logits), routing)
+    assert replayed.plan is routing.plan
 
 
 @pytest.mark.parametrize("row", CASES["routers"], ids=label)

@@ -179,6 +179,86 @@ TEST_P(RouteTest, RoundedCountsAreWholeTilesAndReported) {
   EXPECT_EQ(call.reported(RouterReport::rounded), 1);
 }
 
+// A plan's arrays for a problem, filled by whoever gets the views.
+struct PlanArrays {
+  explicit PlanArrays(const RouteProblem& problem)
+      : counts(DType::int32, {problem.num_experts}),
+        offsets(DType::int32, {problem.num_experts + 1}),
+        row_to_token(DType::int32, {problem.num_slots}),
+        row_to_slot(DType::int32, {problem.num_slots}),
+        slot_to_row(DType::int32, {problem.num_slots}) {}
+
+  RoutingPlan views() const {
+    return {.expert_counts = counts.view(),
+            .expert_offsets = offsets.view(),
+            .row_to_token = row_to_token.view(),
+            .row_to_slot = row_to_slot.view(),
+            .slot_to_row = slot_to_row.view(),
+            .token_offsets = {},
+            .dropped_slots = {}};
+  }
+
+  Tensor counts, offsets, row_to_token, row_to_slot, slot_to_row;
+};
+
+TEST_P(RouteTest, HandsOverThePlanThatBuildPlanMakes) {
+  for (RouterKind kind : kEveryKind) {
+    if (has_fixed_top_k(kind)) continue;
+    RouteCall call(problem_of(kind, wide()));
+    const PlanArrays handed(call.problem), built(call.problem);
+    call.args.plan = handed.views();
+    call.run(context());
+    RoutingPlan plan = built.views();
+    plan.token_offsets = call.offsets.view();
+    Block scratch(plan_workspace_bytes(call.problem.num_slots, kExperts, {}, context()));
+    build_plan({.scores = {},
+                .ids = call.ids.view(),
+                .token_offsets = call.offsets.view(),
+                .num_tokens = kTokens},
+               plan, {scratch.data(), scratch.bytes()}, context());
+    EXPECT_EQ(handed.counts.block().contents(), built.counts.block().contents()) << name_of(kind);
+    EXPECT_EQ(handed.offsets.block().contents(), built.offsets.block().contents());
+    EXPECT_EQ(handed.row_to_token.block().contents(), built.row_to_token.block().contents());
+    EXPECT_EQ(handed.row_to_slot.block().contents(), built.row_to_slot.block().contents());
+    EXPECT_EQ(handed.slot_to_row.block().contents(), built.slot_to_row.block().contents());
+  }
+}
+
+TEST_P(RouteTest, RefusesAPlanThatItCannotHandOver) {
+  const RouteProblem problem = problem_of(RouterKind::token_rounding, wide());
+  const PlanArrays arrays(problem);
+  const auto refuse = [&](auto bend, std::initializer_list<const char*> words) {
+    RouteCall call(problem);
+    call.args.plan = arrays.views();
+    call.run(context());
+    bend(call.args);
+    expect_invalid([&] { router_forward(call.args, context()); }, words);
+  };
+  using Args = RouterForwardArgs;
+  refuse([](Args& a) { a.selection = Selection::given; }, {"plan.expert_counts", "that chooses"});
+  refuse([](Args& a) { a.plan.row_to_slot = {}; }, {"plan.row_to_slot"});
+  refuse([](Args& a) { a.plan.slot_to_row.shape[0] -= 1; }, {"plan.slot_to_row"});
+  refuse([](Args& a) { a.plan.dropped_slots = a.report; }, {"plan.dropped_slots", "every slot"});
+  refuse([](Args& a) { a.plan.token_offsets = a.plan.expert_counts; }, {"plan.token_offsets"});
+  refuse([](Args& a) { a.plan.slot_to_row = a.ids; }, {"plan.slot_to_row", "ids"});
+  refuse([](Args& a) { a.plan.top_k = 3; }, {"plan.top_k"});
+  refuse(
+      [](Args& a) {
+        a.plan.expert_counts.shape[0] -= 1;
+        a.plan.expert_offsets.shape[0] -= 1;
+      },
+      {"plan.expert_counts", "as the logits have"});
+  refuse(
+      [](Args& a) {
+        a.plan.row_to_token.shape[0] -= 1;
+        a.plan.row_to_slot.shape[0] -= 1;
+      },
+      {"plan.row_to_token", "one for each slot"});
+  RouteCall fixed(problem_of(RouterKind::softmax_topk, wide()));
+  fixed.args.plan = arrays.views();
+  expect_invalid([&] { fixed.run(context()); }, {"plan.expert_counts", "without a fixed K"});
+}
+
 TEST_P(RouteTest, RefusesOptionsOutOfRange) {
   const auto refuse = [&](RouterKind kind, auto bend, std::initializer_list<const char*> words) {
     RouteCall call(problem_of(kind, wide()));

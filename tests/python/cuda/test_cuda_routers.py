@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def test_choices_are_the_cpus_and_a_replay_repeats_them(case: dict, kind: str) -
     routing = functional.route(logits, TOP_K, router=case["router"], **options_of(case, "cuda"))
     assert torch.equal(routing.ids.cpu(), on_cpu.ids)
     torch.testing.assert_close(routing.scores.detach().cpu(), on_cpu.scores, rtol=1e-5, atol=1e-7)
+    plans = [functional.plan(r, EXPERTS) for r in (routing, replace(routing, plan=None))]
+    rows = int(plans[0].expert_offsets[-1])
+    for name, carried, built in zip(plans[0]._fields, *plans, strict=True):
+        end = rows if name.startswith("row_to") else None  # rows past the last are not written
+        assert carried is built or carried == built or torch.equal(carried[:end], built[:end]), name
     replayed = routers.replay(logits, routing.detach())
     assert torch.equal(replayed.scores, routing.scores)
     dscores = torch.linspace(-1, 1, len(routing.scores), device="cuda")

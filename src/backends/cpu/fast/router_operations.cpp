@@ -93,7 +93,7 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Runtime&
 }
 
 void router_forward(const RouterForwardArgs& args, const Runtime& runtime) {
-  router_of(args.kind).forward(args, ThreadedLoop(runtime.threads));
+  route_forward(args, ThreadedLoop(runtime.threads));
 }
 
 void router_backward(const RouterBackwardArgs& args, const Runtime& runtime) {

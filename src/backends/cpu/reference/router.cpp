@@ -86,7 +86,7 @@ void router_logits_backward(const RouterLogitsBackwardArgs& args, const Context&
 }
 
 void router_forward(const RouterForwardArgs& args, const Context&) {
-  router_of(args.kind).forward(args, SerialLoop());
+  route_forward(args, SerialLoop());
 }
 
 void router_backward(const RouterBackwardArgs& args, const Context&) {

@@ -2,7 +2,7 @@
 //
 // The first launch of the routers without a fixed K: what each token has to say of its experts.
 // Keys are ranked down the tokens of one expert, so a block turns a tile of them around in shared
-// memory, and writes runs of kTileTokens. Also starts what the later launches count on with.
+// memory, and writes runs of kTileTokens. Also starts the report that the later launches count in.
 //
 // The scores of pairs that are given come from here too: they need the same sums over a token.
 #include <cmath>
@@ -21,19 +21,9 @@ constexpr int kThresholdThreads = 1024;
 constexpr int kTileTokens = 16;
 constexpr int kTileStride = kTileTokens + 1;  // so that a warp's writes meet different banks
 
-// 31 bits: 0 for NaN, otherwise larger for larger p. p is never negative.
-__device__ uint32_t probability_key(float p) { return isnan(p) ? 0u : __float_as_uint(p) + 1u; }
-
-// The report starts at 0, and a chunk with the pairs that its tokens choose.
-__device__ void start_counts(const PairParams& params) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (first < kRouterReportSize) params.report[first] = 0;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t chunk = first; chunk < params.num_chunks; chunk += step) {
-    const int64_t tokens = min(params.num_tokens - chunk * kChunkTokens, int64_t{kChunkTokens});
-    params.chunks[chunk] = static_cast<int32_t>(tokens) * params.top_k;
-  }
-}
+// 31 bits, larger for larger p, which is neither negative nor NaN.
+__device__ uint32_t probability_key(float p) { return __float_as_uint(p) + 1u; }
+constexpr uint32_t kNanProbabilityKey = 0;  // the last
 
 // Replaces a token's logits by exp(logit - shift), and returns their sum.
 template <int kPerLane>
@@ -41,80 +31,116 @@ __device__ float exponentiate(LaneValues<kPerLane>& values, float shift) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    values.value[i] = ranking::exponential(ranking::minus(values.value[i], shift));
+    values.value[i] = ranking::exponential_below_88(ranking::minus(values.value[i], shift));
     if (values.has(i)) sum = ranking::plus(sum, values.value[i]);
   }
   return WarpTeam().sum(sum);
 }
 
-// What turns the token's logits into scores, from the sum over all and the top K.
-__device__ TokenNorm norm_of(const PairParams& params, const float* row, const int32_t* top,
-                             const TokenNorm& over_all) {
+// What turns the token's logits into scores, from the sum over all and the logits of its top K.
+template <typename LogitOf>
+__device__ TokenNorm norm_of(const PairParams& params, const TokenNorm& over_all,
+                             const LogitOf& logit_of_choice) {
   // A NaN anywhere spoils the sum over the top K as it spoils every p.
   if (params.score != PairScore::softmax_of_top || isnan(over_all.divisor)) return over_all;
   const WarpTeam team;
   float sum = 0.0f;
   for (int k = team.rank(); k < params.top_k; k += WarpTeam::kSize) {
-    sum = __fadd_rn(sum, expf(row[top[k]] - over_all.shift));
+    sum = __fadd_rn(sum, expf(logit_of_choice(k) - over_all.shift));
   }
   return {over_all.shift, team.sum(sum)};
 }
 
-// p of every expert of a token, its top K, and the key of every pair, which goes to `column`.
+// Bit i: value i of this lane is among the top K, of which `last` is the last, packed.
 template <int kPerLane>
-__device__ void mark_token(const PairParams& params, int64_t token, uint64_t* candidates,
-                           uint32_t* column) {
+__device__ uint32_t chosen_values(const LaneValues<kPerLane>& values, uint64_t last) {
+  const Choice choice = unpacked(last);
+  const float bound = logit_of(choice.key);
+  const bool any_number = isnan(bound);  // every number is better than a NaN, which ties with NaN
+  const int rank = WarpTeam().rank();
+  uint32_t is_chosen = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const float value = values.value[i];
+    const bool level = any_number ? isnan(value) : value == bound;
+    const bool better = any_number ? !isnan(value) : value > bound;
+    const bool ties = level && rank + i * WarpTeam::kSize <= choice.expert;
+    if (better || ties) is_chosen |= 1u << i;
+  }
+  return is_chosen & values.present;
+}
+
+// What a warp needs in shared memory to mark a token.
+struct MarkWarp {
+  uint64_t* candidates;  // (kCandidates)
+  Choice* chosen;        // (K)
+  uint32_t* column;      // (E, kTileStride) from the token's key of expert 0 on
+};
+
+// p of every expert of a token, its top K, and the key of every pair.
+template <int kPerLane>
+__device__ void mark_token(const PairParams& params, int64_t token, const MarkWarp& shared) {
   const WarpTeam team;
   LaneValues<kPerLane> values =
       load_values<kPerLane>(params.logits + token * params.logits_stride, params.num_experts);
   const float shift = logit_of(team.max(lane_largest(values)));
-  uint64_t last = ~uint64_t{0};  // no pair is chosen by its token
+  uint32_t is_chosen = 0;  // no pair is chosen by its token
   if (params.top_k > 0) {
-    int32_t* top_out = params.top + token * params.top_k;
-    last = choose_top_k(values, params.top_k, candidates, [&](int k, const Choice& choice) {
-      top_out[k] = choice.expert;
-      // Only the mode that carries from expert to expert needs all counts before it selects.
-      if (params.counts != nullptr) atomicAdd(&params.counts[choice.expert], 1);
-    });
+    const uint64_t last =
+        choose_top_k(values, params.top_k, shared.candidates, [&](int k, const Choice& choice) {
+          shared.chosen[k] = choice;
+          // Only the mode that carries from expert to expert needs all counts before it selects.
+          if (params.counts != nullptr) atomicAdd(&params.counts[choice.expert], 1);
+        });
     __syncwarp();  // the top K are read by other lanes than wrote them
-  }
-  uint32_t is_chosen = 0;  // bit i
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int expert = team.rank() + i * WarpTeam::kSize;
-    if (packed(key_of(values.value[i]), expert) >= last) is_chosen |= 1u << i;
+    is_chosen = chosen_values(values, last);
   }
   const float all = exponentiate(values, shift);
   const float inverse = ranking::over(1.0f, all);
+  const bool is_number = !isnan(all);  // and so is every p of the token, or none
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     if (!values.has(i)) continue;
     const uint32_t bit = (is_chosen >> i & 1u) != 0 ? kChosenBit : 0u;
-    const int expert = team.rank() + i * WarpTeam::kSize;
-    column[expert * kTileStride] = probability_key(ranking::times(values.value[i], inverse)) | bit;
+    const uint32_t key =
+        is_number ? probability_key(ranking::times(values.value[i], inverse)) : kNanProbabilityKey;
+    shared.column[(team.rank() + i * WarpTeam::kSize) * kTileStride] = key | bit;
   }
-  const int32_t* top = params.top + token * params.top_k;
-  const TokenNorm norm = norm_of(params, values.row, top, {shift, all});
+  const auto logit_of_choice = [&](int k) { return logit_of(shared.chosen[k].key); };
+  const TokenNorm norm = norm_of(params, {shift, all}, logit_of_choice);
   if (team.rank() == 0) params.norms[token] = norm;
+  for (int k = team.rank(); k < params.top_k; k += WarpTeam::kSize) {
+    const float score = score_of(params.score, norm, logit_of_choice(k));
+    params.top[token * params.top_k + k] = {shared.chosen[k].expert, score};
+  }
+  __syncwarp();  // the next token's top K come after this one's have been read
 }
 
 template <int kPerLane>
-__global__ void __launch_bounds__(kThreads) mark_by_softmax_kernel(const PairParams params) {
-  extern __shared__ uint32_t tile[];  // (E, kTileStride) keys
+__global__ void __launch_bounds__(kThreads, kPerLane <= 8 ? 4 : 2)
+    mark_by_softmax_kernel(const PairParams params) {
+  extern __shared__ uint64_t dynamic[];  // (kWarps, K) choices, then (E, kTileStride) keys
   __shared__ uint64_t candidates[kWarps][kCandidates];
-  start_counts(params);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int warp = static_cast<int>(threadIdx.x) / 32;
+  auto* chosen = reinterpret_cast<Choice*>(dynamic);
+  auto* tile = reinterpret_cast<uint32_t*>(dynamic + kWarps * params.top_k);
+  if (blockIdx.x == 0 && threadIdx.x < kRouterReportSize) params.report[threadIdx.x] = 0;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
   for (int i = warp; i < kTileTokens; i += kWarps) {
     if (first + i >= params.num_tokens) continue;
-    mark_token<kPerLane>(params, first + i, candidates[warp], tile + i);
+    mark_token<kPerLane>(params, first + i,
+                         {candidates[warp], chosen + warp * params.top_k, tile + i});
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < params.num_experts * kTileTokens; i += kThreads) {
-    const int expert = i / kTileTokens;
-    const int64_t token = first + i % kTileTokens;
-    if (token >= params.num_tokens) continue;
-    params.keys[expert * params.num_tokens + token] = tile[expert * kTileStride + i % kTileTokens];
+  constexpr int kExpertsAtOnce = kThreads / kTileTokens;
+  const int mine = static_cast<int>(threadIdx.x) % kTileTokens;
+  if (first + mine >= params.num_tokens) return;
+  uint32_t* keys = params.keys + first + mine;
+#pragma unroll 4
+  for (int e = threadIdx.x / kTileTokens; e < params.num_experts; e += kExpertsAtOnce) {
+    keys[e * params.num_tokens] = tile[e * kTileStride + mine];
   }
 }
 
@@ -122,6 +148,8 @@ __global__ void __launch_bounds__(kThreads) mark_by_softmax_kernel(const PairPar
 __global__ void __launch_bounds__(kThresholdThreads)
     mark_by_threshold_kernel(const PairParams params) {
   __shared__ int32_t pairs_of_warp[32];
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kChunkTokens;
@@ -165,7 +193,8 @@ __global__ void __launch_bounds__(kThreads) score_given_kernel(const PairParams 
                    [&](int k, const Choice& choice) { top[k] = choice.expert; });
       __syncwarp();
     }
-    norm = norm_of(params, row, top, {shift, exponentiate(values, shift)});
+    norm =
+        norm_of(params, {shift, exponentiate(values, shift)}, [&](int k) { return row[top[k]]; });
   }
   const auto slots = static_cast<int32_t>(params.num_slots);
   const int32_t end = min(params.token_offsets[token + 1], slots);
@@ -206,26 +235,27 @@ void launch_score_given(const PairParams& params, cudaStream_t stream) {
   check_launch("score_given_kernel");
 }
 
-void launch_mark_by_softmax(const PairParams& params, cudaStream_t stream) {
+void launch_mark_by_softmax(const PairParams& params, const Context& context) {
   if (params.num_tokens == 0) return;
   const auto blocks = static_cast<unsigned>(ceil_div(params.num_tokens, kTileTokens));
-  const auto bytes = static_cast<size_t>(params.num_experts * kTileStride) * sizeof(uint32_t);
+  const int64_t bytes = int64_t{kWarps} * params.top_k * int64_t{sizeof(Choice)} +
+                        int64_t{params.num_experts} * kTileStride * int64_t{sizeof(uint32_t)};
   visit_experts_per_lane(params.num_experts, [&]<int kPerLane>() {
-    // 48 KB are not enough beyond 672 experts.
+    // 48 KB are not enough for the most experts.
     check(
         "cudaFuncSetAttribute(mark_by_softmax_kernel)",
         cudaFuncSetAttribute(mark_by_softmax_kernel<kPerLane>,
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-    mark_by_softmax_kernel<kPerLane><<<blocks, kThreads, bytes, stream>>>(params);
+    launch_dependent({"mark_by_softmax_kernel", dim3(blocks), kThreads, bytes}, context,
+                     mark_by_softmax_kernel<kPerLane>, params);
   });
-  check_launch("mark_by_softmax_kernel");
 }
 
-void launch_mark_by_threshold(const PairParams& params, cudaStream_t stream) {
+void launch_mark_by_threshold(const PairParams& params, const Context& context) {
   if (params.num_tokens == 0) return;
   const auto blocks = static_cast<unsigned>(params.num_chunks);
-  mark_by_threshold_kernel<<<blocks, kThresholdThreads, 0, stream>>>(params);
-  check_launch("mark_by_threshold_kernel");
+  launch_dependent({"mark_by_threshold_kernel", dim3(blocks), kThresholdThreads}, context,
+                   mark_by_threshold_kernel, params);
 }
 
 }  // namespace penstock::cuda

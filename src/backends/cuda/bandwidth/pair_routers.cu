@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // token_rounding, expert_choice and threshold: scratch, order of launches, and the backward kernel.
+#include <algorithm>
+
+#include "backends/cuda/bandwidth/bandwidth_ops.h"
 #include "backends/cuda/bandwidth/pair_routers.cuh"
 #include "backends/cuda/bandwidth/pair_routers.h"
 #include "backends/cuda/bandwidth/warp_top_k.cuh"
@@ -12,29 +15,41 @@ constexpr int64_t kAlignment = 64;
 
 int64_t aligned(int64_t bytes) { return ceil_div(bytes, kAlignment) * kAlignment; }
 
-// Byte offsets of the scratch, of which nothing is expected.
+// Byte offsets of the scratch, of which nothing is expected. A threshold shares no part of it with
+// the others, and its plan is made after the router has done with it.
 struct Layout {
   explicit Layout(const RouteProblem& problem) {
     constexpr int64_t kWord = sizeof(int32_t);
     const int64_t tokens = problem.num_tokens;
-    const bool by_threshold = problem.kind == RouterKind::threshold;
+    const int64_t experts = problem.num_experts;
     const int64_t top_k = problem.kind == RouterKind::token_rounding ? problem.top_k : 0;
     num_chunks = ceil_div(tokens, kChunkTokens);
-    mask_words = ceil_div(problem.num_experts, 32);
-    token_words = ceil_div(tokens, 32);
-    const int64_t bits = by_threshold ? tokens * mask_words : problem.num_experts * token_words;
-    report = 0;
-    counts = report + aligned(kRouterReportSize * kWord);
-    chunks = counts + aligned(problem.num_experts * kWord);
-    masks = chunks + aligned(num_chunks * kWord);
-    norms = masks + aligned(bits * kWord);
-    top = norms + (by_threshold ? 0 : aligned(tokens * int64_t{sizeof(TokenNorm)}));
-    keys = top + aligned(tokens * top_k * kWord);
-    bytes = keys + (by_threshold ? 0 : aligned(tokens * problem.num_experts * kWord));
+    mask_words = ceil_div(experts, 32);
+    report = take(kRouterReportSize * kWord);
+    if (problem.kind == RouterKind::threshold) {
+      chunks = take(num_chunks * kWord);
+      masks = take(tokens * mask_words * kWord);
+      return;
+    }
+    counts = take(experts * kWord);
+    totals = take(experts * kWord);
+    before = take(num_chunks * experts * kWord);
+    kept = take(num_chunks * experts * int64_t{sizeof(uint2)});
+    norms = take(tokens * int64_t{sizeof(TokenNorm)});
+    top = take(tokens * top_k * int64_t{sizeof(TopChoice)});
+    keys = take(tokens * experts * kWord);
   }
 
-  int64_t num_chunks, mask_words, token_words;
-  int64_t report, counts, chunks, masks, norms, top, keys, bytes;
+  int64_t take(int64_t wanted) {
+    const int64_t offset = bytes;
+    bytes += aligned(wanted);
+    return offset;
+  }
+
+  int64_t bytes = 0;
+  int64_t num_chunks, mask_words;
+  int64_t report = 0, chunks = 0, masks = 0;
+  int64_t counts = 0, totals = 0, before = 0, kept = 0, norms = 0, top = 0, keys = 0;
 };
 
 struct PairBackwardParams {
@@ -132,6 +147,14 @@ PairParams pair_params(const RouterForwardArgs& args) {
   return params;
 }
 
+PlanArrays plan_arrays(const RoutingPlan& plan) {
+  return {.expert_counts = plan.expert_counts.as<int32_t>(),
+          .expert_offsets = plan.expert_offsets.as<int32_t>(),
+          .row_to_token = plan.row_to_token.as<int32_t>(),
+          .row_to_slot = plan.row_to_slot.as<int32_t>(),
+          .slot_to_row = plan.slot_to_row.as<int32_t>()};
+}
+
 // Lays out the scratch; what the first launch cannot start is set to 0 on the stream.
 void place_scratch(const RouterForwardArgs& args, PairParams& params, cudaStream_t stream) {
   RouteProblem problem;
@@ -143,14 +166,15 @@ void place_scratch(const RouterForwardArgs& args, PairParams& params, cudaStream
   auto* base = static_cast<char*>(args.workspace.data);
   params.num_chunks = static_cast<int32_t>(layout.num_chunks);
   params.mask_words = static_cast<int32_t>(layout.mask_words);
-  params.token_words = static_cast<int32_t>(layout.token_words);
   params.report = args.report.present() ? args.report.as<int32_t>()
                                         : reinterpret_cast<int32_t*>(base + layout.report);
   params.chunks = reinterpret_cast<int32_t*>(base + layout.chunks);
   params.masks = reinterpret_cast<uint32_t*>(base + layout.masks);
-  params.kept = params.masks;
+  params.totals = reinterpret_cast<int32_t*>(base + layout.totals);
+  params.before = reinterpret_cast<int32_t*>(base + layout.before);
+  params.kept = reinterpret_cast<uint2*>(base + layout.kept);
   params.norms = reinterpret_cast<TokenNorm*>(base + layout.norms);
-  params.top = reinterpret_cast<int32_t*>(base + layout.top);
+  params.top = reinterpret_cast<TopChoice*>(base + layout.top);
   params.keys = reinterpret_cast<uint32_t*>(base + layout.keys);
   const bool carries = args.kind == RouterKind::token_rounding &&
                        args.options.rounding == RoundingMode::balanced_count;
@@ -167,8 +191,11 @@ void place_scratch(const RouterForwardArgs& args, PairParams& params, cudaStream
 
 }  // namespace
 
-int64_t pair_scratch_bytes(const RouteProblem& problem) {
-  return problem.selection == Selection::given ? 0 : Layout(problem).bytes;
+int64_t pair_scratch_bytes(const RouteProblem& problem, const Context& context) {
+  if (problem.selection == Selection::given) return 0;
+  const int64_t bytes = Layout(problem).bytes;
+  if (problem.kind != RouterKind::threshold) return bytes;
+  return std::max(bytes, plan_scratch_bytes(problem.num_slots, problem.num_experts, context));
 }
 
 void pair_router_forward(const RouterForwardArgs& args, const Context& context) {
@@ -179,12 +206,15 @@ void pair_router_forward(const RouterForwardArgs& args, const Context& context) 
   place_scratch(args, params, stream);
   if (args.kind == RouterKind::threshold) {
     params.least_logit = least_passing_logit(args.options.threshold);
-    launch_mark_by_threshold(params, stream);
-  } else {
-    launch_mark_by_softmax(params, stream);
-    launch_select_tokens(params, stream);
+    launch_mark_by_threshold(params, context);
+    launch_emit_pairs(params, context);
+    if (args.plan.present()) build_plan({chosen_routing(args), args.plan, args.workspace}, context);
+    return;
   }
-  launch_emit_pairs(params, stream);
+  if (args.plan.present()) params.plan = plan_arrays(args.plan);
+  launch_mark_by_softmax(params, context);
+  launch_select_tokens(params, context);
+  launch_emit_pairs(params, context);
 }
 
 void pair_router_backward(const RouterBackwardArgs& args, const Context& context) {

@@ -2,8 +2,9 @@
 //
 // Routers whose tokens differ in their number of experts, in at most three launches without host
 // synchronisation: mark (a token's softmax, its top K, a key of every pair), select (each expert's
-// best tokens; not for a threshold), emit (offsets, ids, scores, report). Everything is counted in
-// integers, so no order of blocks shows in the result.
+// best tokens; not for a threshold), emit (offsets, ids, scores, report, plan). Each may start
+// while the one before it ends. Everything is counted in integers, so no order of blocks shows in
+// the result.
 //
 // A key orders the tokens of one expert: the bit of a chosen pair, then p, with NaN last. p is that
 // of backend/ranking.h, so the order is the CPU's also where two tokens all but tie.
@@ -14,6 +15,7 @@
 #include <cstdint>
 
 #include "backend/ops.h"
+#include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/launch.h"
 
 namespace penstock::cuda {
@@ -45,6 +47,21 @@ __device__ inline float score_of(PairScore score, const TokenNorm& norm, float l
   return expf(logit - norm.shift) / norm.divisor;
 }
 
+// A token's choice of an expert.
+struct TopChoice {
+  int32_t expert;
+  float score;
+};
+
+// Arrays of the plan that emit writes; null: not wanted.
+struct PlanArrays {
+  int32_t* expert_counts;   // (E)
+  int32_t* expert_offsets;  // (E+1)
+  int32_t* row_to_token;    // (slots)
+  int32_t* row_to_slot;     // (slots)
+  int32_t* slot_to_row;     // (slots)
+};
+
 struct PairParams {
   RouterKind kind;
   RouterOptions options;
@@ -58,21 +75,26 @@ struct PairParams {
   int32_t expert_tokens;  // C of expert_choice
   float least_logit;      // of threshold
   int32_t num_chunks;
-  int32_t mask_words;   // of one token
-  int32_t token_words;  // of one expert
+  int32_t mask_words;  // of one token
   const int64_t* seed;
 
   float* scores;           // (slots)
   int32_t* ids;            // (slots)
   int32_t* token_offsets;  // (T+1)
 
-  int32_t* report;   // (kRouterReportSize)
-  int32_t* counts;   // (E)       tokens that chose the expert; null: no launch asks another's
-  int32_t* chunks;   // (chunks)  pairs of each chunk of tokens
-  uint32_t* masks;   // threshold: (T, mask_words) a token's experts
-  uint32_t* kept;    // otherwise: (E, token_words) an expert's tokens
+  PlanArrays plan;
+
+  int32_t* report;  // (kRouterReportSize)
+  // threshold
+  int32_t* chunks;  // (chunks)  pairs of each chunk of tokens
+  uint32_t* masks;  // (T, mask_words) a token's experts
+  // the others
+  int32_t* counts;   // (E)         tokens that chose the expert; null: no launch asks another's
+  int32_t* totals;   // (E)         tokens that the expert keeps
+  int32_t* before;   // (chunks, E) and how many of them are in the chunks before
+  uint2* kept;       // (chunks, E) those of the chunk, one bit each
   TokenNorm* norms;  // (T)
-  int32_t* top;      // (T, K)
+  TopChoice* top;    // (T, K)
   uint32_t* keys;    // (E, T)
 };
 
@@ -80,10 +102,10 @@ struct PairParams {
 // both sides decide alike; NaN where none does.
 float least_passing_logit(double threshold);
 
-void launch_mark_by_softmax(const PairParams& params, cudaStream_t stream);
-void launch_mark_by_threshold(const PairParams& params, cudaStream_t stream);
-void launch_select_tokens(const PairParams& params, cudaStream_t stream);
-void launch_emit_pairs(const PairParams& params, cudaStream_t stream);
+void launch_mark_by_softmax(const PairParams& params, const Context& context);
+void launch_mark_by_threshold(const PairParams& params, const Context& context);
+void launch_select_tokens(const PairParams& params, const Context& context);
+void launch_emit_pairs(const PairParams& params, const Context& context);
 // Scores of the pairs in ids and token_offsets, by the sums of the kernels above.
 void launch_score_given(const PairParams& params, cudaStream_t stream);
 

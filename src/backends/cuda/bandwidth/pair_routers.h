@@ -10,7 +10,7 @@ namespace penstock::cuda {
 inline constexpr int64_t kMaxPairExperts = 1024;
 
 // Bytes of the scratch of forward; backward needs none.
-int64_t pair_scratch_bytes(const RouteProblem& problem);
+int64_t pair_scratch_bytes(const RouteProblem& problem, const Context& context);
 
 void pair_router_forward(const RouterForwardArgs& args, const Context& context);
 void pair_router_backward(const RouterBackwardArgs& args, const Context& context);

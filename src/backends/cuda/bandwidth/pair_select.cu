@@ -7,6 +7,9 @@
 // Rounding moves less than a tile of tokens, so it looks for those: a bound that enough threads'
 // own best reach leaves few candidates, whose order is counted (pair_moves.cuh). Where more tokens
 // move, four counts of eight bits find the key at the target. Nothing is sorted.
+//
+// Kept tokens are written chunk by chunk, with how many the chunks before have: from that follows
+// an expert's part of the plan.
 #include "backend/count_rounding.h"
 #include "backend/ranking.h"
 #include "backends/cuda/bandwidth/pair_moves.cuh"
@@ -15,8 +18,11 @@
 namespace penstock::cuda {
 namespace {
 
-constexpr int kThreads = kMoveThreads;
-constexpr int kWarps = kThreads / 32;
+// Either holds 16384 tokens. The wide one has a multiprocessor to itself, which is the faster where
+// there are no more experts than those; of the narrow one two fit.
+using WideBlock = ExpertBlock<1024, 16>;
+using NarrowBlock = ExpertBlock<384, 43>;
+
 constexpr int kDigits = 256;
 constexpr int kDigitBits = 8;
 
@@ -31,10 +37,12 @@ struct SelectShared {
   uint32_t prefix;
   int32_t left;  // of the target, among keys that share the prefix
   int32_t target;
-  double partial[kWarps];
-  int32_t warp_ties[kWarps];
+  double partial[32];
+  uint32_t last_tie;  // the last token that stays at the cut's key
+  uint2 words[NarrowBlock::kPanelChunks];
   Moves moves;
 };
+static_assert(WideBlock::kPanelChunks <= NarrowBlock::kPanelChunks, "one layout for both");
 
 __device__ bool in_first_warp() { return threadIdx.x < 32; }
 
@@ -56,6 +64,7 @@ __device__ void choose_digit(SelectShared& shared, int shift) {
 }
 
 // 1 <= target <= tokens.
+template <typename Block>
 __device__ Cut find_cut(const PairParams& params, const uint32_t* column, int32_t target,
                         SelectShared& shared) {
   if (threadIdx.x == 0) {
@@ -63,12 +72,12 @@ __device__ Cut find_cut(const PairParams& params, const uint32_t* column, int32_
     shared.left = target;
   }
   for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
-    for (int d = threadIdx.x; d < kDigits; d += kThreads) shared.digits[d] = 0;
+    for (int d = threadIdx.x; d < kDigits; d += Block::kThreads) shared.digits[d] = 0;
     __syncthreads();
     const uint32_t prefix = shared.prefix;
     const uint32_t known = shift + kDigitBits == 32 ? 0u : 0xffffffffu << (shift + kDigitBits);
-    const int64_t padded = ceil_div(params.num_tokens, kThreads) * kThreads;
-    for (int64_t token = threadIdx.x; token < padded; token += kThreads) {
+    const int64_t padded = ceil_div(params.num_tokens, Block::kThreads) * Block::kThreads;
+    for (int64_t token = threadIdx.x; token < padded; token += Block::kThreads) {
       const uint32_t key = token < params.num_tokens ? column[token] : 0u;
       const bool counts = token < params.num_tokens && (key & known) == prefix;
       const uint32_t digit = counts ? key >> shift & (kDigits - 1) : kDigits;
@@ -92,6 +101,7 @@ __device__ float probability_of(uint32_t key) {
 }
 
 // The sum over the block, in a fixed order.
+template <typename Block>
 __device__ double block_sum(double value, SelectShared& shared) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -100,21 +110,23 @@ __device__ double block_sum(double value, SelectShared& shared) {
   if (threadIdx.x % 32 == 0) shared.partial[threadIdx.x / 32] = value;
   __syncthreads();
   double sum = 0.0;
-  for (int warp = 0; warp < kWarps; ++warp) sum += shared.partial[warp];
+#pragma unroll 1  // registers are for keys
+  for (int warp = 0; warp < Block::kWarps; ++warp) sum += shared.partial[warp];
   __syncthreads();
   return sum;
 }
 
 // NR-s: whether the chosen of the undecided tile weigh more than the others that would fill it.
+template <typename Block>
 __device__ bool chosen_weigh_more(const PairParams& params, const uint32_t* column, int32_t below,
                                   SelectShared& shared) {
   const auto tile = static_cast<int32_t>(params.options.tile);
-  const Cut last_whole = below > 0 ? find_cut(params, column, below, shared) : Cut{};
-  const Cut next_whole = find_cut(params, column, below + tile, shared);
+  const Cut last_whole = below > 0 ? find_cut<Block>(params, column, below, shared) : Cut{};
+  const Cut next_whole = find_cut<Block>(params, column, below + tile, shared);
   double leaving = 0.0;
   double joining = 0.0;
   double equal = 0.0;  // tokens at the key of last_whole
-  for (int64_t token = threadIdx.x; token < params.num_tokens; token += kThreads) {
+  for (int64_t token = threadIdx.x; token < params.num_tokens; token += Block::kThreads) {
     const uint32_t key = column[token];
     if ((key & kChosenBit) != 0) {
       if (below > 0 && key == last_whole.key) equal += 1.0;
@@ -123,9 +135,9 @@ __device__ bool chosen_weigh_more(const PairParams& params, const uint32_t* colu
       joining += ranking::weight(probability_of(key));
     }
   }
-  leaving = block_sum(leaving, shared);
-  joining = block_sum(joining, shared);
-  equal = block_sum(equal, shared);
+  leaving = block_sum<Block>(leaving, shared);
+  joining = block_sum<Block>(joining, shared);
+  equal = block_sum<Block>(equal, shared);
   // Of tokens at a cut some are on either side; which does not matter to the sums.
   const double surplus = equal - static_cast<double>(last_whole.ties);
   if (below > 0 && surplus > 0.0)
@@ -135,7 +147,8 @@ __device__ bool chosen_weigh_more(const PairParams& params, const uint32_t* colu
 }
 
 // How many of `count` chosen tokens, or of any, the expert gets.
-__device__ int32_t target_of(const PairParams& params, const uint32_t* column, int32_t count,
+template <typename Block>
+__device__ int32_t target_of(const PairParams& params, Column<Block>& column, int32_t count,
                              SelectShared& shared) {
   const auto expert = static_cast<int32_t>(blockIdx.x);
   if (params.kind == RouterKind::expert_choice) return params.expert_tokens;
@@ -145,8 +158,9 @@ __device__ int32_t target_of(const PairParams& params, const uint32_t* column, i
     CountRounding rounding(params.options, params.num_tokens, seed);
     // Only one mode carries anything from expert to expert, and only it has all counts.
     const int32_t first = params.counts == nullptr ? expert : 0;
-    for (int32_t e = first; e < expert; ++e) rounding.target(e, params.counts[e]);
-    shared.target = rounding.target(expert, count);
+#pragma unroll 1  // registers are for keys
+    for (int32_t e = first; e <= expert; ++e)
+      shared.target = rounding.target(e, e < expert ? params.counts[e] : count);
   }
   __syncthreads();
   const int32_t target = shared.target;
@@ -154,61 +168,92 @@ __device__ int32_t target_of(const PairParams& params, const uint32_t* column, i
   if (target != kByScore) return target;
   const auto tile = static_cast<int32_t>(params.options.tile);
   const int32_t below = count / tile * tile;
-  return chosen_weigh_more(params, column, below, shared) ? below + tile : below;
+  const bool up = chosen_weigh_more<Block>(params, column.keys, below, shared);
+  column.hold(0);  // again, so that no register holds a key meanwhile
+  return up ? below + tile : below;
 }
 
-// A warp's 32 tokens of the expert: those kept, and what that changes in the pairs of their chunk.
-__device__ void write_kept(const PairParams& params, int64_t token, bool chosen, bool kept) {
-  const unsigned kept_lanes = __ballot_sync(kFullMask, kept);
-  const unsigned chosen_lanes = __ballot_sync(kFullMask, chosen);
-  if (threadIdx.x % 32 != 0 || token >= params.num_tokens) return;
-  params.kept[static_cast<int64_t>(blockIdx.x) * params.token_words + token / 32] = kept_lanes;
-  const int32_t change = __popc(kept_lanes) - __popc(chosen_lanes);
-  if (change != 0) atomicAdd(&params.chunks[token / kChunkTokens], change);
-}
-
-// Keeps the cut's best tokens, the lower ones of those at the cut.
-__device__ void keep_best(const PairParams& params, const uint32_t* column, const Cut& cut,
-                          SelectShared& shared) {
+// Calls visit(chunk, its tokens that `flag` names, how many of them are in the chunks before), on
+// one thread for each chunk; returns how many there are.
+template <typename Block, typename Flag, typename Visit>
+__device__ int32_t visit_chunks(Column<Block>& column, SelectShared& shared, const Flag& flag,
+                                const Visit& visit) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  int32_t ties_before = 0;
-  for (int64_t base = 0; base < params.num_tokens; base += kThreads) {
-    const int64_t token = base + threadIdx.x;
-    const bool there = token < params.num_tokens;
-    const uint32_t key = there ? column[token] : 0u;
-    const bool tie = there && key == cut.key;
-    const unsigned ties = __ballot_sync(kFullMask, tie);
-    if (lane == 0) shared.warp_ties[warp] = __popc(ties);
-    __syncthreads();
-    int32_t rank = ties_before + __popc(ties & ((1u << lane) - 1u));
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) rank += shared.warp_ties[w];
-      ties_before += shared.warp_ties[w];
+  int32_t panels_before = 0;
+  column.for_each_panel([&](uint32_t panel) {
+    auto* words = reinterpret_cast<uint32_t*>(shared.words);
+#pragma unroll
+    for (int i = 0; i < Block::kHeld; ++i) {
+      const uint32_t token = column.token(panel, i);
+      const bool flagged = token < column.num_tokens && flag(token, column.held[i]);
+      const uint32_t word = __ballot_sync(kFullMask, flagged);
+      if (lane == 0) words[i * Block::kWarps + warp] = word;
     }
     __syncthreads();
-    const bool kept = there && (key > cut.key || (tie && rank < cut.ties));
-    write_kept(params, token, there && (key & kChosenBit) != 0, kept);
-  }
+    const bool has_chunk = threadIdx.x < Block::kPanelChunks;
+    const uint2 tokens = has_chunk ? shared.words[threadIdx.x] : make_uint2(0, 0);
+    const BlockScan scan = scan_block(__popc(tokens.x) + __popc(tokens.y), shared.moves);
+    const uint32_t chunk = panel / kChunkTokens + threadIdx.x;
+    if (has_chunk && chunk * uint32_t{kChunkTokens} < column.num_tokens)
+      visit(chunk, tokens, panels_before + scan.before);
+    panels_before += scan.all;
+  });
+  return panels_before;
 }
 
-// Keeps the chosen tokens but for those that change sides, which are `side`'s up to `last`.
-__device__ void keep_moved(const PairParams& params, const uint32_t* column, const Side& side,
-                           uint64_t last) {
-  for (int64_t base = 0; base < params.num_tokens; base += kThreads) {
-    const int64_t token = base + threadIdx.x;
-    const bool there = token < params.num_tokens;
-    const uint32_t key = there ? column[token] : 0u;
-    const bool chosen = there && (key & kChosenBit) != 0;
-    const bool moves = there && side.order(key, token) >= last;
-    write_kept(params, token, chosen, chosen != moves);
-  }
+// Writes the tokens that `keeps` names.
+template <typename Block, typename Keeps>
+__device__ void keep(const PairParams& params, Column<Block>& column, SelectShared& shared,
+                     const Keeps& keeps) {
+  const auto write = [&](uint32_t chunk, uint2 tokens, int32_t before) {
+    const int64_t index = int64_t{chunk} * params.num_experts + blockIdx.x;
+    params.kept[index] = tokens;
+    params.before[index] = before;
+  };
+  const int32_t total = visit_chunks(column, shared, keeps, write);
+  if (threadIdx.x == 0) params.totals[blockIdx.x] = total;
 }
 
-__global__ void __launch_bounds__(kThreads, 2) select_tokens_kernel(const PairParams params) {
+// Keeps the target's best tokens, the lower ones of those at the cut.
+template <typename Block>
+__device__ void keep_best(const PairParams& params, Column<Block>& column, int32_t target,
+                          SelectShared& shared) {
+  if (target == 0) return keep(params, column, shared, [](uint32_t, uint32_t) { return false; });
+  const Cut cut = find_cut<Block>(params, column.keys, target, shared);
+  column.hold(0);  // again, so that no register holds a key meanwhile
+  visit_chunks(
+      column, shared, [&](uint32_t, uint32_t key) { return key == cut.key; },
+      [&](uint32_t chunk, uint2 tokens, int32_t before) {
+        int32_t rank = cut.ties - before;  // of the last that stays, among the chunk's ties
+        const int32_t first_half = __popc(tokens.x);
+        if (rank < 1 || rank > first_half + __popc(tokens.y)) return;
+        const bool second = rank > first_half;
+        uint32_t word = second ? tokens.y : tokens.x;
+        if (second) rank -= first_half;
+        for (; rank > 1; --rank) word &= word - 1;
+        shared.last_tie = chunk * kChunkTokens + (second ? 32 : 0) + __ffs(word) - 1;
+      });
+  __syncthreads();
+  const uint32_t last_tie = shared.last_tie;
+  keep(params, column, shared, [&](uint32_t token, uint32_t key) {
+    return key > cut.key || (key == cut.key && token <= last_tie);
+  });
+}
+
+template <typename Block>
+__global__ void __launch_bounds__(Block::kThreads, 1024 / Block::kThreads)
+    select_tokens_kernel(const PairParams params) {
   __shared__ SelectShared shared;
-  const uint32_t* column = params.keys + static_cast<int64_t>(blockIdx.x) * params.num_tokens;
-  const ColumnSummary summary = summarise(column, params.num_tokens, shared.moves);
+  if (threadIdx.x < 32) shared.moves.warp_sums[threadIdx.x] = 0;
+  __syncthreads();
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
+  Column<Block> column;
+  column.keys = params.keys + static_cast<int64_t>(blockIdx.x) * params.num_tokens;
+  column.num_tokens = static_cast<uint32_t>(params.num_tokens);
+  column.hold(0);
+  const ColumnSummary summary = summarise(column, shared.moves);
   const int32_t target = target_of(params, column, summary.chosen, shared);
   const int32_t change = target - summary.chosen;
   if (threadIdx.x == 0 && params.kind == RouterKind::token_rounding && change != 0) {
@@ -219,21 +264,30 @@ __global__ void __launch_bounds__(kThreads, 2) select_tokens_kernel(const PairPa
   uint64_t last = kNobodyMoves;
   if (change != 0) {
     const uint32_t best = change > 0 ? summary.best_other : summary.best_leaving;
-    last = last_to_move({column, params.num_tokens}, side, best, abs(change), shared.moves);
+    last = last_to_move(column, side, best, abs(change), shared.moves);
   }
-  if (last != kTooManyMove) return keep_moved(params, column, side, last);
-  const Cut nothing;
-  keep_best(params, column, target > 0 ? find_cut(params, column, target, shared) : nothing,
-            shared);
+  if (last != kTooManyMove) {
+    // The chosen tokens but for those that change sides, which are the side's up to the last.
+    return keep(params, column, shared, [&](uint32_t token, uint32_t key) {
+      return ((key & kChosenBit) != 0) != (side.order(key, token) >= last);
+    });
+  }
+  keep_best(params, column, target, shared);
+}
+
+template <typename Block>
+void launch(const PairParams& params, const Context& context) {
+  launch_dependent(
+      {"select_tokens_kernel", dim3(static_cast<unsigned>(params.num_experts)), Block::kThreads},
+      context, select_tokens_kernel<Block>, params);
 }
 
 }  // namespace
 
-void launch_select_tokens(const PairParams& params, cudaStream_t stream) {
+void launch_select_tokens(const PairParams& params, const Context& context) {
   if (params.num_tokens == 0) return;
-  const auto blocks = static_cast<unsigned>(params.num_experts);
-  select_tokens_kernel<<<blocks, kThreads, 0, stream>>>(params);
-  check_launch("select_tokens_kernel");
+  if (params.num_experts <= multiprocessors(context)) return launch<WideBlock>(params, context);
+  launch<NarrowBlock>(params, context);
 }
 
 }  // namespace penstock::cuda

@@ -35,8 +35,8 @@ std::string why_not_router(const RouteProblem& problem) {
   return {};
 }
 
-int64_t route_scratch_bytes(const RouteProblem& problem, const Context&) {
-  return has_fixed_top_k(problem.kind) ? 0 : pair_scratch_bytes(problem);
+int64_t route_scratch_bytes(const RouteProblem& problem, const Context& context) {
+  return has_fixed_top_k(problem.kind) ? 0 : pair_scratch_bytes(problem, context);
 }
 
 void route_forward(const RouterForwardArgs& args, const Context& context) {

@@ -3,6 +3,8 @@
 // Which file has which router.
 #include "backends/cpu/common/routers/router.h"
 
+#include "backends/cpu/common/plan.h"
+
 namespace penstock::cpu {
 
 const Router& router_of(RouterKind kind) {
@@ -21,6 +23,11 @@ const Router& router_of(RouterKind kind) {
       return kThreshold;
   }
   return kSoftmaxTopK;
+}
+
+void route_forward(const RouterForwardArgs& args, const StepLoop& loop) {
+  router_of(args.kind).forward(args, loop);
+  if (args.plan.present()) build_plan({chosen_routing(args), args.plan, {}});
 }
 
 std::string why_not_router(const RouteProblem&) { return {}; }

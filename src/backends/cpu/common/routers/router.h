@@ -61,6 +61,9 @@ extern const Router kThreshold;
 
 const Router& router_of(RouterKind kind);
 
+// router_forward: the router of the kind, then the plan of what it chose where one is wanted.
+void route_forward(const RouterForwardArgs& args, const StepLoop& loop);
+
 // The tables' entries, the same for both backends: they have every router.
 std::string why_not_router(const RouteProblem& problem);
 int64_t route_scratch_bytes(const RouteProblem& problem, const Context& context);

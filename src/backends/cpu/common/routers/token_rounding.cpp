@@ -108,7 +108,7 @@ class TokenRounding {
         args_.seed.present() ? static_cast<uint64_t>(*args_.seed.as<const int64_t>()) : 0;
     CountRounding rounding(args_.options, num_tokens_, seed);
     for (int64_t expert = 0; expert < num_experts_; ++expert)
-      targets_[expert] = rounding.target(expert, counts_[expert]);
+      targets_[expert] = rounding.target(static_cast<int32_t>(expert), counts_[expert]);
   }
 
   // Finds the tokens of the undecided tile and marks those that change sides.
