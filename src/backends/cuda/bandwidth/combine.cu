@@ -3,9 +3,12 @@
 // Launches 3 and 8: O_t = sum over the slots of t, in slot order, of S_slot * Y_row, and the same
 // without scores for dX. One thread owns eight columns of one token, so the order of the sum is
 // the slot order whatever the launch looks like. Bound by memory: reads R d, writes T d elements.
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
 #include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/bandwidth/bandwidth_ops.h"
-#include "backends/cuda/bandwidth/combine.cuh"
 #include "backends/cuda/bandwidth/elements.cuh"
 #include "backends/cuda/launch.h"
 
@@ -13,49 +16,82 @@ namespace penstock::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 8;  // rows loaded before the first is used
+constexpr int kFewRows = 4;  // in flight: of tokens with no more, and of the others
+constexpr int kManyRows = 8;
+constexpr int64_t kMaxSliceVectors = INT64_C(1) << 31;
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams params) {
-  arch::wait_for_earlier_launches();
-  arch::let_later_launches_start();
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t token = index / params.vectors;
-  const int64_t column = (index - token * params.vectors) * kVector;
-  if (token >= params.num_tokens) return;
+struct CombineParams {
+  const void* rows;
+  int64_t row_stride;
+  const int32_t* slot_to_row;
+  const int32_t* token_offsets;  // null: top_k slots each
+  const float* scores;           // null: plain sum
+  void* output;
+  int64_t output_stride;
+  int64_t num_tokens;
+  int64_t slice_tokens;  // tokens of one blockIdx.y: all of them unless 32 bits cannot count
+  int32_t vectors;       // of eight columns, in a row
+  int32_t top_k;
+};
 
-  int64_t slot = token * params.top_k;
-  int64_t end = slot + params.top_k;
-  if (params.token_offsets != nullptr) {
-    slot = params.token_offsets[token];
-    end = params.token_offsets[token + 1];
-  }
-  const T* rows = static_cast<const T*>(params.rows) + column;
+// The sum of a token's rows, slots first to last - 1, in eight columns; kInFlight rows at a
+// time. Lookups, rows and scores are loaded in loops of their own: where a slot's lookup, row and
+// score stand in one branch, the compiler lets all loads count on one scoreboard, so that each
+// lookup waits for the row before it.
+template <typename T, int kInFlight>
+__device__ Float8 sum_of_rows(const CombineParams& params, int32_t first, int32_t end,
+                              int64_t column) {
+  const T* columns = static_cast<const T*>(params.rows) + column;
   Float8 sum = {};
-  for (; slot < end; slot += kInFlight) {
+  for (int32_t slot = first; slot < end; slot += kInFlight) {
+    int32_t rows[kInFlight];
     uint4 values[kInFlight];
     float weights[kInFlight];
-    bool live[kInFlight];
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      const int32_t row = slot + i < end ? params.slot_to_row[slot + i] : -1;
-      live[i] = row >= 0;
-      weights[i] = 1.0f;
-      if (live[i]) {
-        values[i] = load_streaming(rows + row * params.row_stride);
-        if (params.scores != nullptr) weights[i] = params.scores[slot + i];
-      }
+      rows[i] = slot + i < end ? params.slot_to_row[slot + i] : -1;
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
-      if (!live[i]) continue;
+      values[i] = uint4{};
+      if (rows[i] >= 0) values[i] = load_vector(columns + rows[i] * params.row_stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      weights[i] = params.scores != nullptr && rows[i] >= 0 ? params.scores[slot + i] : 1.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (rows[i] < 0) continue;
       const Float8 value = widen<T>(values[i]);
 #pragma unroll
       for (int c = 0; c < kVector; ++c) sum.v[c] = fmaf(weights[i], value.v[c], sum.v[c]);
     }
   }
+  return sum;
+}
+
+// One thread a token and eight columns, counted in 32 bits: a division of 64 is a function call.
+template <typename T, int kInFlight>
+__global__ void __launch_bounds__(kThreads, kInFlight > kFewRows ? 4 : 5)
+    combine_kernel(const CombineParams params) {
+  const uint32_t vectors = params.vectors;
+  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t token_of_slice = index / vectors;
+  const int64_t column = static_cast<int64_t>(index - token_of_slice * vectors) * kVector;
+  const int64_t token = static_cast<int64_t>(blockIdx.y) * params.slice_tokens + token_of_slice;
+  arch::wait_for_earlier_launches();
+  arch::let_later_launches_start();
+  if (token_of_slice >= params.slice_tokens || token >= params.num_tokens) return;
+
+  auto slot = static_cast<int32_t>(token * params.top_k);
+  int32_t end = slot + params.top_k;
+  if (params.token_offsets != nullptr) {
+    slot = params.token_offsets[token];
+    end = params.token_offsets[token + 1];
+  }
   T* output = static_cast<T*>(params.output) + token * params.output_stride + column;
-  *reinterpret_cast<uint4*>(output) = narrow<T>(sum);
+  store_vector(output, narrow<T>(sum_of_rows<T, kInFlight>(params, slot, end, column)));
 }
 
 struct ScaleParams {
@@ -86,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleParams 
 #pragma unroll
     for (int c = 0; c < kVector; ++c) value.v[c] *= score;
     T* target = static_cast<T*>(params.output) + row * params.output_stride + column;
-    *reinterpret_cast<uint4*>(target) = narrow<T>(value);
+    store_vector(target, narrow<T>(value));
   }
 }
 
@@ -94,13 +130,27 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleParams 
 
 void combine(const CombineArgs& args, const Context& context) {
   check_clean_device("combine");
-  const CombineParams params = combine_params(args);
-  if (params.num_tokens == 0) return;
-  const auto blocks = static_cast<unsigned>(ceil_div(params.num_tokens * params.vectors, kThreads));
+  CombineParams params;
+  params.rows = args.rows.data;
+  params.row_stride = args.rows.stride(0);
+  params.slot_to_row = args.plan.slot_to_row.as<int32_t>();
+  params.token_offsets = args.plan.token_offsets.as<int32_t>();
+  params.scores = args.scores.as<float>();
+  params.output = args.output.data;
+  params.output_stride = args.output.stride(0);
+  params.num_tokens = args.output.size(0);
+  params.vectors = static_cast<int32_t>(args.output.size(1) / kVector);
+  params.top_k = args.plan.top_k;
+  if (params.num_tokens == 0 || params.vectors == 0) return;
+  params.slice_tokens = std::min<int64_t>(params.num_tokens, kMaxSliceVectors / params.vectors);
+  const dim3 grid(static_cast<unsigned>(ceil_div(params.slice_tokens * params.vectors, kThreads)),
+                  static_cast<unsigned>(ceil_div(params.num_tokens, params.slice_tokens)));
+  const int64_t slots_of_a_token = ceil_div(args.plan.slot_to_row.numel(), params.num_tokens);
   visit_storage(args.output.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    launch_dependent({"combine_kernel", dim3(blocks), kThreads}, context, combine_kernel<T>,
-                     params);
+    const auto kernel =
+        slots_of_a_token > kFewRows ? combine_kernel<T, kManyRows> : combine_kernel<T, kFewRows>;
+    launch_dependent({"combine_kernel", grid, kThreads}, context, kernel, params);
   });
 }
 

@@ -46,6 +46,17 @@ __device__ inline uint4 load_streaming(const void* address) {
   return __ldcs(static_cast<const uint4*>(address));
 }
 
+// Read more than once, or written just before: no hint. Also where each byte is read once, hints
+// lose: 4 % for either of evict-first and no allocation in L1.
+__device__ inline uint4 load_vector(const void* address) {
+  return *static_cast<const uint4*>(address);
+}
+
+// One 16-byte store: assigned in place, a uint4 can become four of 4 bytes.
+__device__ inline void store_vector(void* address, const uint4& packed) {
+  *static_cast<uint4*>(address) = packed;
+}
+
 // Calls visitor with a null pointer of the device type of a 16-bit storage dtype.
 template <typename Visitor>
 void visit_storage(DType dtype, Visitor&& visitor) {

@@ -241,28 +241,31 @@ class CombineTest : public CudaTest, public ::testing::WithParamInterface<DType>
 TEST_P(CombineTest, SumsInSlotOrder) {
   const DType dtype = GetParam();
   constexpr int64_t kTokens = 321;
-  constexpr int64_t kTopK = 10;
   constexpr int64_t kExperts = 24;
   constexpr int64_t kHidden = 264;
-  Mirror ids(DType::int32, {kTokens * kTopK});
-  std::uniform_int_distribution<int32_t> expert(-2, kExperts - 1);
-  for (int64_t i = 0; i < ids.numel(); ++i) ids.data<int32_t>()[i] = expert(random);
-  ids.upload();
-  PlanTensors tensors(kExperts, ids.numel(), ids.numel(), kTopK);
-  build_both(ids, kTokens, tensors, context);
-  Mirror rows(dtype, {ids.numel(), kHidden});
-  Mirror scores(DType::float32, {ids.numel()});
-  rows.normal(random);
-  scores.normal(random);
-  for (const bool scored : {true, false}) {
-    Mirror output(dtype, {kTokens, kHidden});
-    const TensorView none;
-    cpu().combine({tensors.host(), rows.host(), scored ? scores.host() : none, output.host()},
-                  context);
-    gpu().combine(
-        {tensors.device(), rows.device(), scored ? scores.device() : none, output.device()},
-        context);
-    EXPECT_LE(output.relative_error(), dtype == DType::bfloat16 ? 2e-4 : 3e-5);
+  // Rows of a token all in flight at once, exactly and with room to spare, and in two rounds.
+  for (const int32_t top_k : {1, 4, 8, 10}) {
+    SCOPED_TRACE("top_k " + std::to_string(top_k));
+    Mirror ids(DType::int32, {kTokens * top_k});
+    std::uniform_int_distribution<int32_t> expert(-2, kExperts - 1);
+    for (int64_t i = 0; i < ids.numel(); ++i) ids.data<int32_t>()[i] = expert(random);
+    ids.upload();
+    PlanTensors tensors(kExperts, ids.numel(), ids.numel(), top_k);
+    build_both(ids, kTokens, tensors, context);
+    Mirror rows(dtype, {ids.numel(), kHidden});
+    Mirror scores(DType::float32, {ids.numel()});
+    rows.normal(random);
+    scores.normal(random);
+    for (const bool scored : {true, false}) {
+      Mirror output(dtype, {kTokens, kHidden});
+      const TensorView none;
+      cpu().combine({tensors.host(), rows.host(), scored ? scores.host() : none, output.host()},
+                    context);
+      gpu().combine(
+          {tensors.device(), rows.device(), scored ? scores.device() : none, output.device()},
+          context);
+      EXPECT_LE(output.relative_error(), dtype == DType::bfloat16 ? 2e-4 : 3e-5);
+    }
   }
 }
 
