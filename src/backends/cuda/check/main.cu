@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // penstock_cuda_check: every CUDA product against float64 on hostile shapes, then timings.
-// Usage: penstock_cuda_check [quick | check | sanitize | time | profile | all]. Exit status 1 if a
-// check failed.
+// Usage: penstock_cuda_check [quick | check | sanitize | time [T d n E K] | profile | all]. Exit
+// status 1 if a check failed.
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "backends/cuda/check/checks.h"
@@ -100,6 +101,13 @@ void time_everything() {
   for (const NamedShape& timed : kTimed) time_products(timed.name, timed.shape);
 }
 
+// The shape that five words give.
+void time_shape(char** words) {
+  const auto size = [&](int index) { return std::strtoll(words[index], nullptr, 10); };
+  const std::string name = std::string(words[1]) + "," + words[2];  // d and n
+  time_products(name.c_str(), {size(0), size(1), size(2), size(3), size(4), Load::uniform, 0});
+}
+
 int run(const char* what) {
   Report report;
   const bool all = std::strcmp(what, "all") == 0;
@@ -117,6 +125,10 @@ int run(const char* what) {
 
 int main(int argc, char** argv) {
   try {
+    if (argc == 7 && std::strcmp(argv[1], "time") == 0) {
+      penstock::cuda::check::time_shape(argv + 2);
+      return 0;
+    }
     return penstock::cuda::check::run(argc > 1 ? argv[1] : "all");
   } catch (const std::exception& error) {
     std::printf("stopped: %s\n", error.what());
