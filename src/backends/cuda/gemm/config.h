@@ -18,7 +18,10 @@ namespace penstock::cuda {
 inline constexpr int32_t kWideTileN = 256;
 inline constexpr int32_t kDownBackwardTileN = 256;
 inline constexpr int32_t kLogitsTileN = 128;
+inline constexpr int32_t kFewTokensLogitsTileN = 32;
 inline constexpr int32_t kThinTileN = 64;
+// Of a gated up-projection whose wide tiles would not fill the chip.
+inline constexpr int32_t kNarrowUpTileN = 128;
 // Of a weight gradient's tile: the side that is gathered, and the other.
 inline constexpr int32_t kGatheredTile = 128;
 inline constexpr int32_t kDirectTile = 256;
@@ -28,6 +31,13 @@ inline constexpr int32_t kThinGradientTile = 256;
 // Token rows of a tile: 64 or 128. Rows are known on the host only as a capacity, so the expected
 // load of an expert decides, with a margin of two standard deviations of a random routing.
 int32_t token_tile(int64_t row_capacity, int64_t num_experts);
+
+// Whether tiles that cover `tile_columns` of a row product's `columns` leave multiprocessors idle
+// where token_tile is 64: one tile of rows for each expert that can have any. What a launch does is
+// then to read weights, and narrower tiles have more multiprocessors read them. The order of a sum
+// does not depend on the tile's width, so neither do the results.
+bool leaves_chip_idle(int64_t row_capacity, int64_t num_experts, int64_t columns,
+                      int64_t tile_columns);
 
 // An upper bound of the row tiles of a launch: every expert may end in a partial tile.
 int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows);

@@ -31,6 +31,27 @@ TEST(TokenTile, IsNarrowOnlyWhereExpertsHardlyFillIt) {
   EXPECT_EQ(token_tile(0, 64), 64);
 }
 
+TEST(LeavesChipIdle, WhereOneTokensExpertsHaveFewTiles) {
+  EXPECT_TRUE(leaves_chip_idle(8, 64, 1024, 128));    // olmoe, one token: 8 x 8 tiles
+  EXPECT_TRUE(leaves_chip_idle(10, 512, 512, 128));   // qwen3-next: 10 x 4
+  EXPECT_TRUE(leaves_chip_idle(10, 512, 2048, 256));  // and down: 10 x 8
+  EXPECT_FALSE(leaves_chip_idle(8 * 8, 64, 1024, 128));
+  EXPECT_FALSE(leaves_chip_idle(8 * 10, 512, 512, 128));
+}
+
+TEST(LeavesChipIdle, CountsPartialTilesAndStopsAtAFullChip) {
+  EXPECT_TRUE(leaves_chip_idle(131, 200, 256, 256));
+  EXPECT_FALSE(leaves_chip_idle(132, 200, 256, 256));
+  EXPECT_FALSE(leaves_chip_idle(66, 200, 257, 256));
+  EXPECT_FALSE(leaves_chip_idle(200, 132, 8, 256));  // no more experts than there are
+}
+
+TEST(LeavesChipIdle, IsFalseWhereRowsAreManyThoughColumnsAreFew) {
+  EXPECT_FALSE(leaves_chip_idle(24576, 1, 256, 256));
+  EXPECT_FALSE(leaves_chip_idle(64, 1, 256, 256));
+  EXPECT_TRUE(leaves_chip_idle(40, 1, 256, 256));
+}
+
 TEST(RowTilesBound, CoversEverySplitOfTheRows) {
   for (int64_t experts : {1, 3, 64}) {
     for (int64_t rows : {0, 1, 63, 64, 65, 1000}) {
