@@ -26,7 +26,7 @@ const NamedShape kShapes[] = {
     {"medium", {1500, 512, 256, 8, 4, Load::uniform, 0}},
     // Few rows: wide tiles that fill the chip, and narrow ones where they would not.
     {"many tiles", {400, 264, 200, 70, 4}},
-    {"one token", {1, 1096, 328, 64, 8}},
+    {"one token", {1, 1096, 328, 64, 8, Load::uniform, 0}},
 };
 
 CheckCase make_case(const NamedShape& shape, DType dtype, const Variant& variant) {

@@ -26,10 +26,17 @@ int32_t token_tile(int64_t row_capacity, int64_t num_experts) {
   return mean + 2.0 * std::sqrt(mean) <= 64.0 ? 64 : 128;
 }
 
-bool leaves_chip_idle(int64_t row_capacity, int64_t num_experts, int64_t columns,
-                      int64_t tile_columns) {
+bool narrow_tiles_pay(int64_t row_capacity, int64_t num_experts, int64_t columns,
+                      TileWidths widths) {
   if (token_tile(row_capacity, num_experts) != 64) return false;
-  return std::min(num_experts, row_capacity) * ceil_div(columns, tile_columns) < kMultiprocessors;
+  // One tile of rows for each expert that can have any.
+  const int64_t experts = std::min(num_experts, row_capacity);
+  const auto tiles = [&](int64_t width) { return experts * ceil_div(columns, width); };
+  const auto most_columns = [&](int64_t width) {
+    return ceil_div(tiles(width), kMultiprocessors) * width;
+  };
+  return tiles(widths.wide) < kMultiprocessors &&
+         most_columns(widths.narrow) < most_columns(widths.wide);
 }
 
 int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows) {

@@ -32,12 +32,18 @@ inline constexpr int32_t kThinGradientTile = 256;
 // load of an expert decides, with a margin of two standard deviations of a random routing.
 int32_t token_tile(int64_t row_capacity, int64_t num_experts);
 
-// Whether tiles that cover `tile_columns` of a row product's `columns` leave multiprocessors idle
-// where token_tile is 64: one tile of rows for each expert that can have any. What a launch does is
-// then to read weights, and narrower tiles have more multiprocessors read them. The order of a sum
-// does not depend on the tile's width, so neither do the results.
-bool leaves_chip_idle(int64_t row_capacity, int64_t num_experts, int64_t columns,
-                      int64_t tile_columns);
+// What two tiles cover of one half of a row product's columns.
+struct TileWidths {
+  int32_t wide;
+  int32_t narrow;
+};
+
+// Whether a row product with few rows runs on narrow tiles: wide ones leave multiprocessors idle,
+// and with narrow ones the busiest has fewer columns. What such a launch does is to read weights,
+// and a multiprocessor takes in only so much. The order of a sum does not depend on the tile's
+// width, so neither do the results.
+bool narrow_tiles_pay(int64_t row_capacity, int64_t num_experts, int64_t columns,
+                      TileWidths widths);
 
 // An upper bound of the row tiles of a launch: every expert may end in a partial tile.
 int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows);

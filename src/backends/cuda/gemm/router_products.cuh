@@ -16,8 +16,8 @@
 
 namespace penstock::cuda {
 
-// A ring of as many stages as fit. With few tokens each multiprocessor waits for its weights, one
-// ring after the other.
+// A product whose ring has as many stages as fit: with few tokens a block hardly multiplies, and
+// every time the ring is empty it waits for memory.
 template <typename G>
 struct DeepRing : G {
   static constexpr int kStages = G::kStagesThatFit;

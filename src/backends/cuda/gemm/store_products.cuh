@@ -15,8 +15,8 @@ void store_rows(const RowProblem& problem, const StoreOutput& output, const Cont
     require_vectors("addend", output.addend.data, {output.addend.stride(0)});
   if (problem.low_rank.present()) return adapted_store_rows<Element>(problem, output, context);
   if (problem.b.n_extent <= kThinTileN ||
-      leaves_chip_idle(problem.row_capacity, problem.groups.num_experts, problem.b.n_extent,
-                       kWideTileN))
+      narrow_tiles_pay(problem.row_capacity, problem.groups.num_experts, problem.b.n_extent,
+                       {kWideTileN, kThinTileN}))
     return thin_rows<Element>(problem, output, context);
   with_row_tile(problem, StoreLauncher<Element, ContiguousRows>{problem, output, context});
 }

@@ -32,10 +32,10 @@ struct UpProjectionLauncher {
 template <typename Element>
 void gated_up_projection(const RowProblem& problem, const UpEpilogueParams& epilogue,
                          const Context& context) {
-  // Narrow tiles are compiled for the usual weight order alone: they double a launcher's kernels.
+  // Only weights in the usual order have narrow tiles: one kernel more.
   if (problem.b.major() == Major::k &&
-      leaves_chip_idle(problem.row_capacity, problem.groups.num_experts, problem.b.n_extent,
-                       kWideTileN / 2)) {
+      narrow_tiles_pay(problem.row_capacity, problem.groups.num_experts, problem.b.n_extent,
+                       {kWideTileN / 2, kNarrowUpTileN / 2})) {
     using Narrow = UpProjectionLauncher<Element, Gating::gated, GatheredRows, kNarrowUpTileN>;
     return Narrow{problem, epilogue, context}.template run<64, Major::k>();
   }
