@@ -25,6 +25,9 @@ const NamedShape kShapes[] = {
     {"one expert", {333, 256, 320, 9, 2, Load::one_expert}},
     {"many experts", {400, 128, 96, 70, 4}},
     {"medium", {1500, 512, 256, 8, 4, Load::uniform, 0}},
+    // Few rows: wide tiles that fill the chip, and narrow ones where they would not.
+    {"many tiles", {400, 264, 200, 70, 4}},
+    {"one token", {1, 1096, 328, 64, 8, Load::uniform, 0}},
 };
 
 CheckCase make_case(const NamedShape& shape, DType dtype, const Variant& variant) {
@@ -68,6 +71,7 @@ void check_everything(Report& report) {
     check_router(report, dtype, 1000, 264, 61);
     check_router(report, dtype, 3000, 512, 128);
     check_router(report, dtype, 3, 64, 7);
+    check_router(report, dtype, 40, 1288, 96);  // few tokens, more k tiles than the ring's stages
   }
 }
 
