@@ -11,7 +11,7 @@
 namespace penstock::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaskWords = kMaxPairExperts / 32;
 constexpr int kMaskStride = kMaskWords + 1;  // so that a warp's writes meet different banks

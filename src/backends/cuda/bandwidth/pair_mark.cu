@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The first launch of the routers without a fixed K: what each token has to say of its experts.
-// Keys are ranked down the tokens of one expert, so a block turns a tile of them around in shared
-// memory, and writes runs of kTileTokens. Also starts the report that the later launches count in.
+// Keys are ranked down the tokens of one expert, so a block turns a tile of their upper halves
+// around in shared memory, and writes runs of kTileTokens. Also starts the report that the later
+// launches count in.
 //
 // The scores of pairs that are given come from here too: they need the same sums over a token.
 #include <cmath>
@@ -18,12 +19,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kThresholdThreads = 1024;
-constexpr int kTileTokens = 16;
-constexpr int kTileStride = kTileTokens + 1;  // so that a warp's writes meet different banks
-
-// 31 bits, larger for larger p, which is neither negative nor NaN.
-__device__ uint32_t probability_key(float p) { return __float_as_uint(p) + 1u; }
-constexpr uint32_t kNanProbabilityKey = 0;  // the last
+constexpr int kTileStride = kTileTokens + 2;  // so that a warp's writes meet different banks
+constexpr uint16_t kChosenHalf = kChosenBit >> 16;
 
 // Replaces a token's logits by exp(logit - shift), and returns their sum.
 template <int kPerLane>
@@ -51,31 +48,30 @@ __device__ TokenNorm norm_of(const PairParams& params, const TokenNorm& over_all
   return {over_all.shift, team.sum(sum)};
 }
 
-// Bit i: value i of this lane is among the top K, of which `last` is the last, packed.
-template <int kPerLane>
-__device__ uint32_t chosen_values(const LaneValues<kPerLane>& values, uint64_t last) {
-  const Choice choice = unpacked(last);
-  const float bound = logit_of(choice.key);
-  const bool any_number = isnan(bound);  // every number is better than a NaN, which ties with NaN
-  const int rank = WarpTeam().rank();
-  uint32_t is_chosen = 0;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const float value = values.value[i];
-    const bool level = any_number ? isnan(value) : value == bound;
-    const bool better = any_number ? !isnan(value) : value > bound;
-    const bool ties = level && rank + i * WarpTeam::kSize <= choice.expert;
-    if (better || ties) is_chosen |= 1u << i;
-  }
-  return is_chosen & values.present;
-}
-
 // What a warp needs in shared memory to mark a token.
 struct MarkWarp {
   uint64_t* candidates;  // (kCandidates)
   Choice* chosen;        // (K)
-  uint32_t* column;      // (E, kTileStride) from the token's key of expert 0 on
+  uint16_t* column;      // (E, kTileStride) from the token's key of expert 0 on
 };
+
+// The upper halves of a token's keys, whose p are these values times `inverse`.
+template <int kPerLane>
+__device__ void write_column(const PairParams& params, const LaneValues<kPerLane>& values,
+                             float inverse, const MarkWarp& shared) {
+  const WarpTeam team;
+  const uint32_t number = isnan(inverse) ? 0u : 0xffffffffu;  // so is every p of the token, or none
+  uint16_t* column = shared.column + team.rank() * kTileStride;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    if (!values.has(i)) continue;
+    const uint32_t p = __float_as_uint(ranking::times(values.value[i], inverse));
+    column[i * WarpTeam::kSize * kTileStride] = static_cast<uint16_t>((p & number) >> 15);
+  }
+  __syncwarp();  // keys of the chosen are changed by other lanes than wrote them
+  for (int k = team.rank(); k < params.top_k; k += WarpTeam::kSize)
+    shared.column[shared.chosen[k].expert * kTileStride] |= kChosenHalf;
+}
 
 // p of every expert of a token, its top K, and the key of every pair.
 template <int kPerLane>
@@ -84,31 +80,22 @@ __device__ void mark_token(const PairParams& params, int64_t token, const MarkWa
   LaneValues<kPerLane> values =
       load_values<kPerLane>(params.logits + token * params.logits_stride, params.num_experts);
   const float shift = logit_of(team.max(lane_largest(values)));
-  uint32_t is_chosen = 0;  // no pair is chosen by its token
   if (params.top_k > 0) {
-    const uint64_t last =
-        choose_top_k(values, params.top_k, shared.candidates, [&](int k, const Choice& choice) {
-          shared.chosen[k] = choice;
-          // Only the mode that carries from expert to expert needs all counts before it selects.
-          if (params.counts != nullptr) atomicAdd(&params.counts[choice.expert], 1);
-        });
-    __syncwarp();  // the top K are read by other lanes than wrote them
-    is_chosen = chosen_values(values, last);
+    choose_top_k(values, params.top_k, shared.candidates, [&](int k, const Choice& choice) {
+      shared.chosen[k] = choice;
+      // Only the mode that carries from expert to expert needs all counts before it selects.
+      if (params.counts != nullptr) atomicAdd(&params.counts[choice.expert], 1);
+    });
   }
   const float all = exponentiate(values, shift);
   const float inverse = ranking::over(1.0f, all);
-  const bool is_number = !isnan(all);  // and so is every p of the token, or none
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    if (!values.has(i)) continue;
-    const uint32_t bit = (is_chosen >> i & 1u) != 0 ? kChosenBit : 0u;
-    const uint32_t key =
-        is_number ? probability_key(ranking::times(values.value[i], inverse)) : kNanProbabilityKey;
-    shared.column[(team.rank() + i * WarpTeam::kSize) * kTileStride] = key | bit;
-  }
+  write_column(params, values, inverse, shared);
   const auto logit_of_choice = [&](int k) { return logit_of(shared.chosen[k].key); };
   const TokenNorm norm = norm_of(params, {shift, all}, logit_of_choice);
-  if (team.rank() == 0) params.norms[token] = norm;
+  if (team.rank() == 0) {
+    params.norms[token] = norm;
+    params.ranks[token] = {shift, inverse};
+  }
   for (int k = team.rank(); k < params.top_k; k += WarpTeam::kSize) {
     const float score = score_of(params.score, norm, logit_of_choice(k));
     params.top[token * params.top_k + k] = {shared.chosen[k].expert, score};
@@ -116,8 +103,12 @@ __device__ void mark_token(const PairParams& params, int64_t token, const MarkWa
   __syncwarp();  // the next token's top K come after this one's have been read
 }
 
+constexpr int mark_blocks_per_multiprocessor(int per_lane) {
+  return per_lane <= 4 ? 8 : per_lane <= 8 ? 5 : per_lane <= 16 ? 4 : 2;
+}
+
 template <int kPerLane>
-__global__ void __launch_bounds__(kThreads, kPerLane <= 8 ? 4 : 2)
+__global__ void __launch_bounds__(kThreads, mark_blocks_per_multiprocessor(kPerLane))
     mark_by_softmax_kernel(const PairParams params) {
   extern __shared__ uint64_t dynamic[];  // (kWarps, K) choices, then (E, kTileStride) keys
   __shared__ uint64_t candidates[kWarps][kCandidates];
@@ -125,22 +116,28 @@ __global__ void __launch_bounds__(kThreads, kPerLane <= 8 ? 4 : 2)
   arch::let_later_launches_start();
   const int warp = static_cast<int>(threadIdx.x) / 32;
   auto* chosen = reinterpret_cast<Choice*>(dynamic);
-  auto* tile = reinterpret_cast<uint32_t*>(dynamic + kWarps * params.top_k);
+  auto* tile = reinterpret_cast<uint16_t*>(dynamic + kWarps * params.top_k);
   if (blockIdx.x == 0 && threadIdx.x < kRouterReportSize) params.report[threadIdx.x] = 0;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
   for (int i = warp; i < kTileTokens; i += kWarps) {
-    if (first + i >= params.num_tokens) continue;
-    mark_token<kPerLane>(params, first + i,
-                         {candidates[warp], chosen + warp * params.top_k, tile + i});
+    if (first + i < params.num_tokens) {
+      mark_token<kPerLane>(params, first + i,
+                           {candidates[warp], chosen + warp * params.top_k, tile + i});
+    } else {
+      for (int e = threadIdx.x % 32; e < params.num_experts; e += 32) tile[e * kTileStride + i] = 0;
+    }
   }
   __syncthreads();
-  constexpr int kExpertsAtOnce = kThreads / kTileTokens;
-  const int mine = static_cast<int>(threadIdx.x) % kTileTokens;
-  if (first + mine >= params.num_tokens) return;
-  uint32_t* keys = params.keys + first + mine;
+  // A thread writes eight bytes, four keys.
+  constexpr int kThreadsOfRun = kTileTokens / 4;
+  const int quad = static_cast<int>(threadIdx.x) % kThreadsOfRun;
+  const auto* pairs = reinterpret_cast<const uint32_t*>(tile) + quad * 2;
+  auto* keys = reinterpret_cast<uint2*>(params.keys + first) + quad;
+  const int64_t step = params.key_stride / 4;
 #pragma unroll 4
-  for (int e = threadIdx.x / kTileTokens; e < params.num_experts; e += kExpertsAtOnce) {
-    keys[e * params.num_tokens] = tile[e * kTileStride + mine];
+  for (int e = threadIdx.x / kThreadsOfRun; e < params.num_experts; e += kThreads / kThreadsOfRun) {
+    const uint32_t* run = pairs + e * (kTileStride / 2);
+    keys[e * step] = make_uint2(run[0], run[1]);
   }
 }
 
@@ -239,7 +236,7 @@ void launch_mark_by_softmax(const PairParams& params, const Context& context) {
   if (params.num_tokens == 0) return;
   const auto blocks = static_cast<unsigned>(ceil_div(params.num_tokens, kTileTokens));
   const int64_t bytes = int64_t{kWarps} * params.top_k * int64_t{sizeof(Choice)} +
-                        int64_t{params.num_experts} * kTileStride * int64_t{sizeof(uint32_t)};
+                        int64_t{params.num_experts} * kTileStride * int64_t{sizeof(uint16_t)};
   visit_experts_per_lane(params.num_experts, [&]<int kPerLane>() {
     // 48 KB are not enough for the most experts.
     check(

@@ -36,8 +36,10 @@ struct Layout {
     before = take(num_chunks * experts * kWord);
     kept = take(num_chunks * experts * int64_t{sizeof(uint2)});
     norms = take(tokens * int64_t{sizeof(TokenNorm)});
+    ranks = take(tokens * int64_t{sizeof(RankNorm)});
     top = take(tokens * top_k * int64_t{sizeof(TopChoice)});
-    keys = take(tokens * experts * kWord);
+    key_stride = ceil_div(tokens, kTileTokens) * kTileTokens;
+    keys = take(key_stride * experts * int64_t{sizeof(uint16_t)});
   }
 
   int64_t take(int64_t wanted) {
@@ -49,7 +51,8 @@ struct Layout {
   int64_t bytes = 0;
   int64_t num_chunks, mask_words;
   int64_t report = 0, chunks = 0, masks = 0;
-  int64_t counts = 0, totals = 0, before = 0, kept = 0, norms = 0, top = 0, keys = 0;
+  int64_t counts = 0, totals = 0, before = 0, kept = 0, norms = 0, ranks = 0, top = 0;
+  int64_t keys = 0, key_stride = 0;
 };
 
 struct PairBackwardParams {
@@ -175,7 +178,9 @@ void place_scratch(const RouterForwardArgs& args, PairParams& params, cudaStream
   params.kept = reinterpret_cast<uint2*>(base + layout.kept);
   params.norms = reinterpret_cast<TokenNorm*>(base + layout.norms);
   params.top = reinterpret_cast<TopChoice*>(base + layout.top);
-  params.keys = reinterpret_cast<uint32_t*>(base + layout.keys);
+  params.ranks = reinterpret_cast<RankNorm*>(base + layout.ranks);
+  params.keys = reinterpret_cast<uint16_t*>(base + layout.keys);
+  params.key_stride = layout.key_stride;
   const bool carries = args.kind == RouterKind::token_rounding &&
                        args.options.rounding == RoundingMode::balanced_count;
   if (carries) {

@@ -7,7 +7,9 @@
 // the result.
 //
 // A key orders the tokens of one expert: the bit of a chosen pair, then p, with NaN last. p is that
-// of backend/ranking.h, so the order is the CPU's also where two tokens all but tie.
+// of backend/ranking.h, so the order is the CPU's also where two tokens all but tie. Keys are
+// written as their upper 16 bits, which leave few tokens of an expert undecided; of those the rest
+// is computed again.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,12 +17,14 @@
 #include <cstdint>
 
 #include "backend/ops.h"
+#include "backend/ranking.h"
 #include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/launch.h"
 
 namespace penstock::cuda {
 
 inline constexpr int kChunkTokens = 64;  // tokens of one block of the emit kernel
+inline constexpr int kTileTokens = 16;  // of one block of the mark kernel, which writes whole tiles
 inline constexpr uint32_t kChosenBit = 0x80000000u;
 
 // How a pair's score follows from its logit.
@@ -40,6 +44,12 @@ inline PairScore pair_score(RouterKind kind, const RouterOptions& options) {
 struct TokenNorm {
   float shift;
   float divisor;
+};
+
+// p = exp(logit - shift) * inverse, as it is ranked.
+struct RankNorm {
+  float shift;
+  float inverse;
 };
 
 __device__ inline float score_of(PairScore score, const TokenNorm& norm, float logit) {
@@ -94,9 +104,30 @@ struct PairParams {
   int32_t* before;   // (chunks, E) and how many of them are in the chunks before
   uint2* kept;       // (chunks, E) those of the chunk, one bit each
   TokenNorm* norms;  // (T)
+  RankNorm* ranks;   // (T)
   TopChoice* top;    // (T, K)
-  uint32_t* keys;    // (E, T)
+  uint16_t* keys;    // (E, key_stride) upper halves; 0 past the last token
+  int64_t key_stride;
 };
+
+// The key of p but for the bit of a chosen pair; 31 bits, as p is at most 1.
+__device__ inline uint32_t probability_key(float p) {
+  return isnan(p) ? 0u : __float_as_uint(p) << 1 | 1u;
+}
+__device__ inline float probability_of(uint32_t key) {
+  const uint32_t bits = key & ~kChosenBit;
+  return bits == 0 ? __uint_as_float(0x7fc00000u) : __uint_as_float(bits >> 1);
+}
+
+// All 32 bits of the key whose upper half is given.
+__device__ inline uint32_t whole_key(const PairParams& params, int32_t expert, uint32_t token,
+                                     uint32_t upper) {
+  const RankNorm norm = params.ranks[token];
+  const float logit = params.logits[token * params.logits_stride + expert];
+  const float weight = ranking::exponential_below_88(ranking::minus(logit, norm.shift));
+  const uint32_t chosen = upper << 16 & kChosenBit;
+  return chosen | probability_key(ranking::times(weight, norm.inverse));
+}
 
 // The least fp32 logit whose sigmoid reaches the threshold, by the CPU's formula in double, so that
 // both sides decide alike; NaN where none does.
