@@ -78,6 +78,16 @@ struct OperandStages {
   static __device__ int before(int stage) { return (stage == 0 ? RingType::kStages : stage) - 1; }
 };
 
+// How many stages a tile's products take, and of the last one which steps.
+template <typename G>
+__device__ __forceinline__ auto depth_of(const typename G::Params& params, const Work& work) {
+  if constexpr (requires { G::Producer::last_steps(params.operands); }) {
+    return Depth<FirstSteps>{work.k_tiles, G::Producer::last_steps(params.operands)};
+  } else {
+    return Depth<AllSteps>{work.k_tiles, {}};
+  }
+}
+
 // The products of one tile and its epilogue, block by block.
 template <typename G>
 __device__ __forceinline__ void consume_tile(const typename G::Params& params,
@@ -101,21 +111,22 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
       return;
     }
   }
+  const auto depth = depth_of<G>(params, work);
   typename Main::Sums sums;
   if constexpr (G::Operand::kStages > 0) {
     static_assert(TileType::kBlocks == 1, "an operand's stage is read once");
     // What is needed early takes two loads, one after the other.
     const auto where = Epilogue::find(params.epilogue, work, place(0));
     typename Epilogue::Early early;
-    Main::template run<1>(sums, ring, state, self.group, work.k_tiles,
+    Main::template run<1>(sums, ring, state, self.group, depth,
                           [&] { early = Epilogue::fetch(params.epilogue, where); });
     OperandStages<Main, typename G::RingType> stages{ring, state};
     Epilogue::run(params.epilogue, work, sums[0], early, place(0), stages);
   } else {
     if (TileType::kBlocks == 1 || rows <= 64) {
-      Main::template run<1>(sums, ring, state, self.group, work.k_tiles, [] {});
+      Main::template run<1>(sums, ring, state, self.group, depth, [] {});
     } else {
-      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles, [] {});
+      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, depth, [] {});
     }
 #pragma unroll
     for (int block = 0; block < TileType::kBlocks; ++block) {
