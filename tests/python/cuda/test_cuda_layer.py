@@ -70,6 +70,24 @@ def runs_on_cuda(choice: dict) -> bool:
     return not (gated and choice["order"] == "input_major" and choice["layout"] == "interleaved")
 
 
+# Tiles narrow for the token alone; in the call wide, of 128 rows and of 64.
+@pytest.mark.parametrize("shape", [(600, 1288, 328, 16, 4), (200, 264, 200, 70, 4)], ids=str)
+def test_a_token_alone_has_its_bits_of_a_batch_though_its_tiles_are_narrower(shape, dtype) -> None:
+    inputs = {name: leaf.detach() for name, leaf in make_inputs(shape, dtype).items()}
+
+    def run(tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        x = inputs["x"][tokens]
+        logits = functional.router_logits(x, inputs["router_weight"])
+        scores, ids = functional.route(logits, shape[4]).topk()
+        return logits, functional.moe_experts(x, inputs["w1"], inputs["w2"], scores, ids)
+
+    together = run(slice(None))
+    for first, last in ((0, 1), (77, 78), (150, 190)):
+        part = slice(first, last)
+        for got, want in zip(run(part), together, strict=True):
+            assert torch.equal(got, want[part])
+
+
 @pytest.mark.parametrize("activation", AXES["activation"])
 def test_product(activation, dtype) -> None:
     """Every activation, bias, layout, order, save policy, router and load, at tests' tiny shape."""

@@ -76,8 +76,10 @@ struct Wgmma;
 
 // clang-format off
 // The accumulators in an instruction's text, and among an asm statement's operands from d[I] on.
+#define PENSTOCK_REGISTERS_16 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define PENSTOCK_REGISTERS_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  PENSTOCK_REGISTERS_16 ", " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PENSTOCK_REGISTERS_64 \
   PENSTOCK_REGISTERS_32 ", " \
@@ -113,6 +115,8 @@ struct Wgmma;
   }
 // clang-format on
 
+PENSTOCK_WGMMA(__nv_bfloat16, "bf16", 32, 16, 16, 17, 18, "%19, %20");
+PENSTOCK_WGMMA(__half, "f16", 32, 16, 16, 17, 18, "%19, %20");
 PENSTOCK_WGMMA(__nv_bfloat16, "bf16", 64, 32, 32, 33, 34, "%35, %36");
 PENSTOCK_WGMMA(__half, "f16", 64, 32, 32, 33, 34, "%35, %36");
 PENSTOCK_WGMMA(__nv_bfloat16, "bf16", 128, 64, 64, 65, 66, "%67, %68");
@@ -128,5 +132,6 @@ PENSTOCK_WGMMA(__half, "f16", 256, 128, 128, 129, 130, "%131, %132");
 #undef PENSTOCK_REGISTERS_128
 #undef PENSTOCK_REGISTERS_64
 #undef PENSTOCK_REGISTERS_32
+#undef PENSTOCK_REGISTERS_16
 
 }  // namespace penstock::cuda::arch

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The routing plan in two launches, without a sort of all keys: a histogram per chunk of slots,
-// then a ranked scatter whose blocks add up the histograms themselves. Stable: a row's place comes
-// from counts of earlier slots only, never from the return value of an atomic, so the plan is the
-// CPU's bit for bit. Nothing is expected of the scratch, and no block waits for another.
+// then a ranked scatter whose blocks add up the histograms themselves. Slots that fit one block of
+// the scatter (decoding) need no histograms: that block counts them, and one launch is all. Stable:
+// a row's place comes from counts of earlier slots only, never from the return value of an atomic,
+// so the plan is the CPU's bit for bit. Nothing is expected of the scratch, and no block waits for
+// another.
 //
 //   counters (chunks, columns)  slots of each expert in each chunk; columns: E in whole vectors
 #include <algorithm>
@@ -128,6 +130,15 @@ __device__ int32_t token_of(const PlanParams& params, int64_t slot, const TokenR
   return static_cast<int32_t>(low);
 }
 
+// Adds the slots [first, end) to their experts' counts, by all threads of the block.
+template <typename Id>
+__device__ void count_slots(const PlanParams& params, int64_t first, int64_t end, int32_t* counts) {
+  for (int64_t slot = first + threadIdx.x; slot < end; slot += blockDim.x) {
+    const int32_t expert = expert_of<Id>(params, slot);
+    if (expert >= 0) atomicAdd(&counts[expert], 1);
+  }
+}
+
 template <typename Id>
 __global__ void __launch_bounds__(kCountThreads) plan_count_kernel(const PlanParams params) {
   arch::wait_for_earlier_launches();
@@ -136,10 +147,7 @@ __global__ void __launch_bounds__(kCountThreads) plan_count_kernel(const PlanPar
   for (int e = threadIdx.x; e < params.columns; e += kCountThreads) histogram[e] = 0;
   __syncthreads();
   const int64_t first = blockIdx.x * params.chunk_slots;
-  for (int64_t i = threadIdx.x; i < params.chunk_slots; i += kCountThreads) {
-    const int32_t expert = expert_of<Id>(params, first + i);
-    if (expert >= 0) atomicAdd(&histogram[expert], 1);
-  }
+  count_slots<Id>(params, first, first + params.chunk_slots, histogram);
   __syncthreads();
   uint16_t* counters = params.counters + static_cast<int64_t>(blockIdx.x) * params.columns;
   for (int e = threadIdx.x; e < params.columns; e += kCountThreads) {
@@ -268,10 +276,11 @@ __global__ void __launch_bounds__(Block::kThreads, 1) plan_scatter_kernel(const 
 
   for (int e = thread; e < params.columns; e += Block::kThreads) rows[e] = totals[e] = 0;
   __syncthreads();
-  add_counters<Block>(params, chunk, totals, rows);
-  for (int64_t slot = chunk * params.chunk_slots + thread; slot < first; slot += Block::kThreads) {
-    const int32_t expert = expert_of<Id>(params, slot);
-    if (expert >= 0) atomicAdd(&rows[expert], 1);
+  if (gridDim.x == 1) {
+    count_slots<Id>(params, 0, params.num_slots, totals);
+  } else {
+    add_counters<Block>(params, chunk, totals, rows);
+    count_slots<Id>(params, chunk * params.chunk_slots, first, rows);
   }
   __syncthreads();
   const int32_t all = scan_totals<Block>(params, totals, base);
@@ -306,9 +315,14 @@ template <typename Block, typename Id>
 void launch(const PlanParams& params, const Context& context) {
   const int64_t column_bytes = params.columns * static_cast<int64_t>(sizeof(int32_t));
   const int64_t scatter_bytes = column_bytes * (1 + Block::kWarps);
-  launch_dependent({"plan_count_kernel", dim3(static_cast<unsigned>(params.chunks)), kCountThreads,
-                    column_bytes},
-                   context, plan_count_kernel<Id>, params);
+  // Without slots one block still writes the experts' arrays.
+  const auto blocks =
+      static_cast<unsigned>(std::max<int64_t>(1, ceil_div(params.num_slots, kBlockSlots)));
+  if (blocks > 1) {
+    launch_dependent({"plan_count_kernel", dim3(static_cast<unsigned>(params.chunks)),
+                      kCountThreads, column_bytes},
+                     context, plan_count_kernel<Id>, params);
+  }
   // Above 48 KB a launch needs the kernel's leave, which is a host-side setting: no launch, no
   // synchronisation, allowed while a graph is captured.
   if (scatter_bytes > kPlainSharedBytes) {
@@ -317,9 +331,6 @@ void launch(const PlanParams& params, const Context& context) {
                                cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(scatter_bytes)));
   }
-  // Without slots one block still writes the experts' arrays.
-  const auto blocks =
-      static_cast<unsigned>(std::max<int64_t>(1, ceil_div(params.num_slots, kBlockSlots)));
   launch_dependent({"plan_scatter_kernel", dim3(blocks), Block::kThreads, scatter_bytes}, context,
                    plan_scatter_kernel<Block, Id>, params);
 }

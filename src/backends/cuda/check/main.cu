@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // penstock_cuda_check: every CUDA product against float64 on hostile shapes, then timings.
-// Usage: penstock_cuda_check [quick | check | sanitize | time | profile | all]. Exit status 1 if a
-// check failed.
+// Usage: penstock_cuda_check [quick | check | sanitize | time [T d n E K] | profile | all]. Exit
+// status 1 if a check failed.
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 #include "backends/cuda/check/checks.h"
@@ -24,6 +25,9 @@ const NamedShape kShapes[] = {
     {"one expert", {333, 256, 320, 9, 2, Load::one_expert}},
     {"many experts", {400, 128, 96, 70, 4}},
     {"medium", {1500, 512, 256, 8, 4, Load::uniform, 0}},
+    // Few rows: wide tiles that fill the chip, and narrow ones where they would not.
+    {"many tiles", {400, 264, 200, 70, 4}},
+    {"one token", {1, 1096, 328, 64, 8, Load::uniform, 0}},
 };
 
 CheckCase make_case(const NamedShape& shape, DType dtype, const Variant& variant) {
@@ -67,6 +71,7 @@ void check_everything(Report& report) {
     check_router(report, dtype, 1000, 264, 61);
     check_router(report, dtype, 3000, 512, 128);
     check_router(report, dtype, 3, 64, 7);
+    check_router(report, dtype, 40, 1288, 96);  // few tokens, more k tiles than the ring's stages
   }
 }
 
@@ -100,6 +105,13 @@ void time_everything() {
   for (const NamedShape& timed : kTimed) time_products(timed.name, timed.shape);
 }
 
+// The shape that five words give.
+void time_shape(char** words) {
+  const auto size = [&](int index) { return std::strtoll(words[index], nullptr, 10); };
+  const std::string name = std::string(words[1]) + "," + words[2];  // d and n
+  time_products(name.c_str(), {size(0), size(1), size(2), size(3), size(4), Load::uniform, 0});
+}
+
 int run(const char* what) {
   Report report;
   const bool all = std::strcmp(what, "all") == 0;
@@ -117,6 +129,10 @@ int run(const char* what) {
 
 int main(int argc, char** argv) {
   try {
+    if (argc == 7 && std::strcmp(argv[1], "time") == 0) {
+      penstock::cuda::check::time_shape(argv + 2);
+      return 0;
+    }
     return penstock::cuda::check::run(argc > 1 ? argv[1] : "all");
   } catch (const std::exception& error) {
     std::printf("stopped: %s\n", error.what());

@@ -15,6 +15,10 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tensor-map rows of 16-byte multiples, and 16-byte copies.
 constexpr int64_t kGranule = 8;
 
+// Multiprocessors of the chip that choices are made for: a constant, so that they are the same on
+// every machine.
+constexpr int64_t kMultiprocessors = 132;
+
 }  // namespace
 
 int32_t token_tile(int64_t row_capacity, int64_t num_experts) {
@@ -22,20 +26,32 @@ int32_t token_tile(int64_t row_capacity, int64_t num_experts) {
   return mean + 2.0 * std::sqrt(mean) <= 64.0 ? 64 : 128;
 }
 
+bool narrow_tiles_pay(int64_t row_capacity, int64_t num_experts, int64_t columns,
+                      TileWidths widths) {
+  if (token_tile(row_capacity, num_experts) != 64) return false;
+  // One tile of rows for each expert that can have any.
+  const int64_t experts = std::min(num_experts, row_capacity);
+  const auto tiles = [&](int64_t width) { return experts * ceil_div(columns, width); };
+  const auto most_columns = [&](int64_t width) {
+    return ceil_div(tiles(width), kMultiprocessors) * width;
+  };
+  return tiles(widths.wide) < kMultiprocessors &&
+         most_columns(widths.narrow) < most_columns(widths.wide);
+}
+
 int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows) {
   return ceil_div(row_capacity, tile_rows) + std::min(num_experts, row_capacity);
 }
 
 int32_t router_gradient_slices(const RouterProblem& problem) {
-  // One wave of a 132-multiprocessor chip, slices of at least 512 rows.
-  constexpr int64_t kWave = 132;
+  // One wave, slices of at least 512 rows.
   constexpr int64_t kLeastRows = 512;
   constexpr int64_t kMost = 32;
   const int64_t tiles =
       ceil_div(2 * problem.num_experts, kDirectTile) * ceil_div(problem.hidden_size, kGatheredTile);
   const int64_t by_rows = std::max<int64_t>(1, problem.num_tokens / kLeastRows);
-  return static_cast<int32_t>(
-      std::clamp<int64_t>(kWave / std::max<int64_t>(1, tiles), 1, std::min(kMost, by_rows)));
+  return static_cast<int32_t>(std::clamp<int64_t>(kMultiprocessors / std::max<int64_t>(1, tiles), 1,
+                                                  std::min(kMost, by_rows)));
 }
 
 std::string why_not_shape(const ExpertsProblem& problem) {

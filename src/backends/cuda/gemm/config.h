@@ -18,7 +18,10 @@ namespace penstock::cuda {
 inline constexpr int32_t kWideTileN = 256;
 inline constexpr int32_t kDownBackwardTileN = 256;
 inline constexpr int32_t kLogitsTileN = 128;
+inline constexpr int32_t kFewTokensLogitsTileN = 32;
 inline constexpr int32_t kThinTileN = 64;
+// Of a gated up-projection whose wide tiles would not fill the chip.
+inline constexpr int32_t kNarrowUpTileN = 128;
 // Of a weight gradient's tile: the side that is gathered, and the other.
 inline constexpr int32_t kGatheredTile = 128;
 inline constexpr int32_t kDirectTile = 256;
@@ -28,6 +31,19 @@ inline constexpr int32_t kThinGradientTile = 256;
 // Token rows of a tile: 64 or 128. Rows are known on the host only as a capacity, so the expected
 // load of an expert decides, with a margin of two standard deviations of a random routing.
 int32_t token_tile(int64_t row_capacity, int64_t num_experts);
+
+// What two tiles cover of one half of a row product's columns.
+struct TileWidths {
+  int32_t wide;
+  int32_t narrow;
+};
+
+// Whether a row product with few rows runs on narrow tiles: wide ones leave multiprocessors idle,
+// and with narrow ones the busiest has fewer columns. What such a launch does is to read weights,
+// and a multiprocessor takes in only so much. The order of a sum does not depend on the tile's
+// width, so neither do the results.
+bool narrow_tiles_pay(int64_t row_capacity, int64_t num_experts, int64_t columns,
+                      TileWidths widths);
 
 // An upper bound of the row tiles of a launch: every expert may end in a partial tile.
 int64_t row_tiles_bound(int64_t row_capacity, int64_t num_experts, int64_t tile_rows);

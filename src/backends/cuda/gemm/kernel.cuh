@@ -9,6 +9,8 @@
 // comes through the ring too, in stages of its own behind the tile's k tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "backends/cuda/arch/launch.cuh"
 #include "backends/cuda/gemm/epilogue.cuh"
 #include "backends/cuda/gemm/multiply.cuh"
@@ -36,6 +38,11 @@ struct Gemm {
 
   using RingType = Ring<Tile, kStages>;
 
+  // Looking ahead makes the products that store 3 % faster. Where threads gather, tiles wait for
+  // the ring: there it made the up-projection 4 % and weight gradient 1 7 % slower.
+  using TileList =
+      std::conditional_t<Producer::kFill == Fill::tma, TilesAhead<Schedule>, Tiles<Schedule>>;
+
   struct Params {
     typename Producer::Params operands;
     typename Schedule::Params schedule;
@@ -46,8 +53,8 @@ struct Gemm {
 template <typename G>
 __device__ __forceinline__ void produce(const typename G::Params& params,
                                         const typename G::RingType& ring) {
-  typename G::Schedule schedule(params.schedule);
-  G::Producer::run(params.operands, schedule, ring, typename G::Operand{params.epilogue});
+  typename G::TileList tiles(params.schedule);
+  G::Producer::run(params.operands, tiles, ring, typename G::Operand{params.epilogue});
 }
 
 // One consumer warp's share of a kernel: which tiles and which rows of them are its own.
@@ -78,6 +85,13 @@ struct OperandStages {
   static __device__ int before(int stage) { return (stage == 0 ? RingType::kStages : stage) - 1; }
 };
 
+// How far a consumer warp has come: in the ring and in its list of tiles.
+template <typename G>
+struct Position {
+  typename G::RingType::State state;
+  typename G::TileList tiles;
+};
+
 // How many stages a tile's products take, and of the last one which steps.
 template <typename G>
 __device__ __forceinline__ auto depth_of(const typename G::Params& params, const Work& work) {
@@ -92,19 +106,24 @@ __device__ __forceinline__ auto depth_of(const typename G::Params& params, const
 template <typename G>
 __device__ __forceinline__ void consume_tile(const typename G::Params& params,
                                              const typename G::RingType& ring,
-                                             typename G::RingType::State& state, const Work& work,
+                                             Position<G>& position, const Work& work,
                                              const Consumer& self) {
   using TileType = typename G::Tile;
   using Epilogue = typename G::Epilogue;
   using Main = Multiply<TileType, G::Producer::kFill, typename G::RingType>;
   const int first_block = self.group * TileType::kBlocks;
   const int rows = Epilogue::rows_of(params.epilogue, work) - first_block * 64;
-  if (rows <= 0) return Main::skip(ring, state, work.k_tiles + G::Operand::kStages);
+  auto& [state, tiles] = position;
+  if (rows <= 0) {
+    tiles.look_ahead();
+    return Main::skip(ring, state, work.k_tiles + G::Operand::kStages);
+  }
   const auto place = [&](int block) {
     return WarpPlace{self.staging, (first_block + block) * 64 + self.warp * 16};
   };
   if constexpr (G::Schedule::kMayBeEmpty) {
     if (work.k_tiles == 0) {
+      tiles.look_ahead();
       for (int block = 0; block < TileType::kBlocks; ++block) {
         Epilogue::run_empty(params.epilogue, work, place(block));
       }
@@ -118,15 +137,18 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
     // What is needed early takes two loads, one after the other.
     const auto where = Epilogue::find(params.epilogue, work, place(0));
     typename Epilogue::Early early;
-    Main::template run<1>(sums, ring, state, self.group, depth,
-                          [&] { early = Epilogue::fetch(params.epilogue, where); });
+    Main::template run<1>(sums, ring, state, self.group, depth, [&] {
+      early = Epilogue::fetch(params.epilogue, where);
+      tiles.look_ahead();
+    });
     OperandStages<Main, typename G::RingType> stages{ring, state};
     Epilogue::run(params.epilogue, work, sums[0], early, place(0), stages);
   } else {
+    const auto look = [&] { tiles.look_ahead(); };
     if (TileType::kBlocks == 1 || rows <= 64) {
-      Main::template run<1>(sums, ring, state, self.group, depth, [] {});
+      Main::template run<1>(sums, ring, state, self.group, depth, look);
     } else {
-      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, depth, [] {});
+      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, depth, look);
     }
 #pragma unroll
     for (int block = 0; block < TileType::kBlocks; ++block) {
@@ -141,10 +163,9 @@ __device__ __forceinline__ void consume(const typename G::Params& params,
                                         const typename G::RingType& ring, uint8_t* staging) {
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 - 4, 0);
   const Consumer self = {warp / 4, warp % 4, staging + warp * G::Epilogue::kWarpStagingBytes};
-  typename G::Schedule schedule(params.schedule);
-  typename G::RingType::State state;
+  Position<G> position = {{}, typename G::TileList(params.schedule)};
   Work work;
-  while (schedule.next(work)) consume_tile<G>(params, ring, state, work, self);
+  while (position.tiles.next(work)) consume_tile<G>(params, ring, position, work, self);
   arch::bulk_wait_read<0>();  // shared memory must outlive the copies from it
 }
 

@@ -40,15 +40,15 @@ struct GatheredColumns {
   static_assert(TileType::kMajorA == Major::mn && TileType::kMajorB == Major::mn,
                 "the reduced axis is the row axis of both operands");
 
-  template <typename Schedule, typename RingType, typename Operand>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+  template <typename Tiles, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Tiles& tiles, const RingType& ring,
                              const Operand&) {
     static_assert(Operand::kStages == 0, "only gathered rows bring an epilogue's operand");
     const int thread = threadIdx.x;
     const int first_row = thread / 8;
     typename RingType::State state;
     Work work;
-    while (schedule.next(work)) {
+    while (tiles.next(work)) {
       const Target left{&params.left, work.m_half, work.m};
       const Target right{&params.right, work.n_half, work.n};
       const Target& gathered = kGathered == Gathered::left ? left : right;
@@ -78,6 +78,7 @@ struct GatheredColumns {
         tokens = next;
         state.advance();
       }
+      tiles.look_ahead();
     }
   }
 

@@ -31,18 +31,19 @@ struct WithLowRank {
     return {(rest + 15) / 16};
   }
 
-  template <typename Schedule, typename RingType, typename Operand>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+  template <typename Tiles, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Tiles& tiles, const RingType& ring,
                              const Operand& operand) {
     static_assert(Operand::kStages == 0 || kFill == Fill::mixed,
                   "only gathered rows bring an epilogue's operand");
     if (threadIdx.x >= Base::kThreads) return;
     typename RingType::State state;
     Work work;
-    while (schedule.next(work)) {
+    while (tiles.next(work)) {
       Base::fill(params.base, work, work.k_tiles - params.term.k_tiles, ring, state);
       fill_term(params.term, work, ring, state);
       fill_operand(operand, work, ring, state);
+      tiles.look_ahead();
     }
   }
 

@@ -36,14 +36,17 @@ struct ContiguousRows {
   using Tile = TileType;
   using Weights = LoadWeights<TileType, kHalvesN>;
 
-  template <typename Schedule, typename RingType, typename Operand>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+  template <typename Tiles, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Tiles& tiles, const RingType& ring,
                              const Operand&) {
     static_assert(Operand::kStages == 0, "only gathered rows bring an epilogue's operand");
     if (threadIdx.x >= kThreads) return;
     typename RingType::State state;
     Work work;
-    while (schedule.next(work)) fill(params, work, work.k_tiles, ring, state);
+    while (tiles.next(work)) {
+      fill(params, work, work.k_tiles, ring, state);
+      tiles.look_ahead();
+    }
   }
 
   // The first `k_tiles` stages of one tile.
@@ -103,14 +106,15 @@ struct GatheredRows {
   using Weights = LoadWeights<TileType, kHalvesN>;
   static_assert(TileType::kMajorA == Major::k, "token rows are contiguous along k");
 
-  template <typename Schedule, typename RingType, typename Operand>
-  static __device__ void run(const Params& params, Schedule& schedule, const RingType& ring,
+  template <typename Tiles, typename RingType, typename Operand>
+  static __device__ void run(const Params& params, Tiles& tiles, const RingType& ring,
                              const Operand& operand) {
     typename RingType::State state;
     Work work;
-    while (schedule.next(work)) {
+    while (tiles.next(work)) {
       fill(params, work, work.k_tiles, ring, state);
       fill_operand(operand, work, ring, state);
+      tiles.look_ahead();
     }
   }
 

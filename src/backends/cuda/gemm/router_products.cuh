@@ -7,12 +7,25 @@
 // (whose range would otherwise lose small gradients) and is 1 for bf16; products undo it exactly.
 #pragma once
 
+#include <type_traits>
+
 #include "backends/cuda/gemm/epilogue_store.cuh"
 #include "backends/cuda/gemm/launch.cuh"
 #include "backends/cuda/gemm/router_scratch.h"
 #include "backends/cuda/gemm/store_products.h"
 
 namespace penstock::cuda {
+
+// A product whose ring has as many stages as fit: with few tokens a block hardly multiplies, and
+// every time the ring is empty it waits for memory.
+template <typename G>
+struct DeepRing : G {
+  static constexpr int kStages = G::kStagesThatFit;
+  static constexpr int kSharedBytes =
+      G::kSharedBytes + (kStages - G::kStages) * G::Tile::kStageBytes;
+  using RingType = Ring<typename G::Tile, kStages>;
+  static_assert(kStages * 16 <= G::kBarrierBytes, "two barriers a stage");
+};
 
 template <typename Element>
 struct LogitsLauncher {
@@ -24,7 +37,8 @@ struct LogitsLauncher {
   void run() const {
     const bool vectors = logits.stride(0) % 4 == 0 && logits.size(1) % 4 == 0 &&
                          reinterpret_cast<uintptr_t>(logits.data) % 16 == 0;
-    using TileType = Tile<Element, kTileM, kLogitsTileN, Major::k, kMajor, 1>;
+    constexpr int kTileN = kTileM == 64 ? kFewTokensLogitsTileN : kLogitsTileN;
+    using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor, 1>;
     if (vectors) {
       start<TileType, RowAlignment::vector>();
     } else {
@@ -34,8 +48,9 @@ struct LogitsLauncher {
 
   template <typename TileType, RowAlignment kAlignment>
   void start() const {
-    using G = RowGemm<TileType, 1, GatheredRows, StoreWideEpilogue<TileType, kAlignment>>;
-    launch_rows<G, kLogitsTileN>(
+    using Plain = RowGemm<TileType, 1, GatheredRows, StoreWideEpilogue<TileType, kAlignment>>;
+    using G = std::conditional_t<TileType::kM == 64, DeepRing<Plain>, Plain>;
+    launch_rows<G, TileType::kN>(
         problem, {rows_of(logits), static_cast<int32_t>(problem.b.n_extent)}, context);
   }
 };

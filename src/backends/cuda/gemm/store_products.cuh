@@ -14,7 +14,10 @@ void store_rows(const RowProblem& problem, const StoreOutput& output, const Cont
   if (output.addend.present())
     require_vectors("addend", output.addend.data, {output.addend.stride(0)});
   if (problem.low_rank.present()) return adapted_store_rows<Element>(problem, output, context);
-  if (problem.b.n_extent <= kThinTileN) return thin_rows<Element>(problem, output, context);
+  if (problem.b.n_extent <= kThinTileN ||
+      narrow_tiles_pay(problem.row_capacity, problem.groups.num_experts, problem.b.n_extent,
+                       {kWideTileN, kThinTileN}))
+    return thin_rows<Element>(problem, output, context);
   with_row_tile(problem, StoreLauncher<Element, ContiguousRows>{problem, output, context});
 }
 

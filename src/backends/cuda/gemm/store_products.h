@@ -18,8 +18,8 @@ struct StoreOutput {
 
 template <typename Element>
 void store_rows(const RowProblem& problem, const StoreOutput& output, const Context& context);
-// The same, rows gathered or not, into at most kThinTileN columns, for which a wide tile would
-// multiply mostly zeros: the factors of adapters.
+// The same, rows gathered or not, on tiles of kThinTileN columns: for outputs no wider, such as the
+// factors of adapters, of which a wide tile would multiply mostly zeros, and for few rows.
 template <typename Element>
 void thin_rows(const RowProblem& problem, const StoreOutput& output, const Context& context);
 

@@ -27,7 +27,8 @@ template <typename ElementType, int kTileM, int kTileN, Major kA, Major kB, int 
 struct Tile {
   using Element = ElementType;
   static_assert(kClusterSize == 1 || kClusterSize == 2, "CTAs share an operand in pairs");
-  static_assert(kTileM % 64 == 0 && kTileN % 64 == 0, "tiles are made of 64-wide blocks");
+  static_assert(kTileM % 64 == 0 && (kTileN % 64 == 0 || (kTileN == 32 && kB == Major::k)),
+                "tiles are made of 64-wide blocks, of which K-major weights may fill half");
   static_assert(sizeof(Element) == 2, "a swizzled row of 128 bytes is 64 elements of 2 bytes");
 
   static constexpr int kM = kTileM;

@@ -10,7 +10,8 @@
 
 namespace penstock::cuda {
 
-template <typename Element, Gating kGating, template <typename, int> class Producer>
+template <typename Element, Gating kGating, template <typename, int> class Producer,
+          int kWidestTileN = kWideTileN>
 struct UpProjectionLauncher {
   const RowProblem& problem;
   const UpEpilogueParams& epilogue;
@@ -20,12 +21,27 @@ struct UpProjectionLauncher {
   void run() const {
     constexpr int kHalves = kGating == Gating::gated ? 2 : 1;
     // Of one warpgroup's wide tile ptxas would have all of a plain activation under way, and spill.
-    constexpr int kTileN = kTileM == 64 && kGating == Gating::plain ? kWideTileN / 2 : kWideTileN;
+    constexpr int kTileN =
+        kTileM == 64 && kGating == Gating::plain ? kWidestTileN / 2 : kWidestTileN;
     using TileType = Tile<Element, kTileM, kTileN, Major::k, kMajor, kRowCluster<kTileM>>;
     using G = RowGemm<TileType, kHalves, Producer, UpEpilogue<TileType, kGating>>;
     launch_rows<G, kTileN / kHalves>(problem, epilogue, context);
   }
 };
+
+template <typename Element>
+void gated_up_projection(const RowProblem& problem, const UpEpilogueParams& epilogue,
+                         const Context& context) {
+  // Only weights in the usual order have narrow tiles: one kernel more.
+  if (problem.b.major() == Major::k &&
+      narrow_tiles_pay(problem.row_capacity, problem.groups.num_experts, problem.b.n_extent,
+                       {kWideTileN / 2, kNarrowUpTileN / 2})) {
+    using Narrow = UpProjectionLauncher<Element, Gating::gated, GatheredRows, kNarrowUpTileN>;
+    return Narrow{problem, epilogue, context}.template run<64, Major::k>();
+  }
+  with_row_tile(problem, UpProjectionLauncher<Element, Gating::gated, GatheredRows>{
+                             problem, epilogue, context});
+}
 
 template <typename Element>
 void up_projection(const UpProjectionArgs& args, const Context& context) {
@@ -56,13 +72,9 @@ void up_projection(const UpProjectionArgs& args, const Context& context) {
   if (args.low_rank.present()) return adapted_up_projection<Element>(problem, epilogue, context);
   if (!args.a.present() && w.halves == 1 && n <= kThinTileN)
     return thin_rows<Element>(problem, {args.h, w.b[0], nullptr}, context);
-  if (w.halves == 2) {
-    with_row_tile(problem, UpProjectionLauncher<Element, Gating::gated, GatheredRows>{
-                               problem, epilogue, context});
-  } else {
-    with_row_tile(problem, UpProjectionLauncher<Element, Gating::plain, GatheredRows>{
-                               problem, epilogue, context});
-  }
+  if (w.halves == 2) return gated_up_projection<Element>(problem, epilogue, context);
+  with_row_tile(problem, UpProjectionLauncher<Element, Gating::plain, GatheredRows>{
+                             problem, epilogue, context});
 }
 
 }  // namespace penstock::cuda

@@ -232,6 +232,9 @@ INSTANTIATE_TEST_SUITE_P(Shapes, PlanTest,
                                            PlanShape{777, 1024, 4, 0, DType::int64},
                                            PlanShape{5000, 1025, 3, 0, DType::int32},
                                            PlanShape{2000, 8192, 16, 0, DType::int32},
+                                           // All that one block takes, without a count.
+                                           PlanShape{256, 64, 8, 0, DType::int32},
+                                           PlanShape{150, 2048, 8, 700, DType::int64},
                                            // Chunks of several blocks, and of as many as may be.
                                            PlanShape{70000, 16, 3, 0, DType::int32},
                                            PlanShape{64000, 8192, 8, 0, DType::int32}));

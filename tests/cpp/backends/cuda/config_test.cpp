@@ -31,6 +31,32 @@ TEST(TokenTile, IsNarrowOnlyWhereExpertsHardlyFillIt) {
   EXPECT_EQ(token_tile(0, 64), 64);
 }
 
+TEST(NarrowTilesPay, ForOneTokensExperts) {
+  EXPECT_TRUE(narrow_tiles_pay(8, 64, 1024, {128, 64}));    // olmoe, up: 8 x 8 wide tiles
+  EXPECT_TRUE(narrow_tiles_pay(8, 64, 2048, {256, 64}));    // and down
+  EXPECT_TRUE(narrow_tiles_pay(10, 512, 512, {128, 64}));   // qwen3-next: 10 x 4
+  EXPECT_TRUE(narrow_tiles_pay(10, 512, 2048, {256, 64}));  // 10 x 8
+  EXPECT_FALSE(narrow_tiles_pay(8 * 8, 64, 1024, {128, 64}));
+  EXPECT_FALSE(narrow_tiles_pay(8 * 10, 512, 512, {128, 64}));
+}
+
+TEST(NarrowTilesPay, OnlyWhereTheBusiestMultiprocessorHasLess) {
+  // 66 tiles of 256 columns or 264 of 64, two for each of 132; past that three, then four.
+  EXPECT_TRUE(narrow_tiles_pay(66, 200, 256, {256, 64}));
+  EXPECT_TRUE(narrow_tiles_pay(99, 200, 256, {256, 64}));
+  EXPECT_FALSE(narrow_tiles_pay(100, 200, 256, {256, 64}));
+  EXPECT_FALSE(narrow_tiles_pay(200, 100, 256, {256, 64}));  // no more experts than there are
+  // Every expert's last tile is a partial one: 70 x 2 fill the chip.
+  EXPECT_FALSE(narrow_tiles_pay(70, 200, 264, {256, 64}));
+  EXPECT_FALSE(narrow_tiles_pay(0, 64, 256, {256, 64}));
+}
+
+TEST(NarrowTilesPay, NotWhereRowsAreManyThoughColumnsAreFew) {
+  EXPECT_FALSE(narrow_tiles_pay(24576, 1, 256, {256, 64}));
+  EXPECT_FALSE(narrow_tiles_pay(64, 1, 256, {256, 64}));
+  EXPECT_TRUE(narrow_tiles_pay(40, 1, 256, {256, 64}));
+}
+
 TEST(RowTilesBound, CoversEverySplitOfTheRows) {
   for (int64_t experts : {1, 3, 64}) {
     for (int64_t rows : {0, 1, 63, 64, 65, 1000}) {
