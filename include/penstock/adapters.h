@@ -6,9 +6,9 @@
 //   Y_r = A_r W2_e^T + (A_r A2_e^T) B2_e^T + b2_e    O_t = sum_r S_r Y_r
 //
 // The adapters' terms are summed inside the products of the weights: no expert's weight is copied
-// or changed, and the adapters' scale is part of B. Kept for backward: what experts.h keeps. All
-// gradients but those of the frozen weights and biases are there. These passes run in the fast
-// order and preserve H, whatever the config says.
+// or changed, and the adapters' scale is part of B. Kept for backward: what experts.h keeps, and
+// the adapters' thin rows, r1 + r2 numbers a row. All gradients but those of the frozen weights and
+// biases are there. These passes run in the fast order and preserve H, whatever the config says.
 #pragma once
 
 #include "penstock/experts.h"
@@ -25,6 +25,13 @@ struct ExpertAdapters {
   TensorView down_b;  // (E, d, r2)
 };
 
+// The rows between an adapter's factors, which forward leaves for backward: present exactly where
+// the projection has an adapter, unless save is `nothing`.
+struct AdapterRows {
+  TensorView up;    // (R_cap, r1)  X_t A1^T, dtype of x
+  TensorView down;  // (R_cap, r2)  A_r A2^T
+};
+
 struct AdaptedProblem {
   ExpertsProblem experts;
   int64_t up_rank = 0;    // r1, 0: no adapter on this projection
@@ -34,11 +41,13 @@ struct AdaptedProblem {
 struct AdaptedForwardArgs {
   ExpertsForwardArgs experts;
   ExpertAdapters adapters;
+  AdapterRows rows;  // out
 };
 
 struct AdaptedBackwardArgs {
   ExpertsBackwardArgs experts;  // without weight gradients and without `delayed`
   ExpertAdapters adapters;
+  AdapterRows rows;      // as forward left them
   ExpertAdapters grads;  // out, overwritten, dtype of x; absent: not wanted
 };
 

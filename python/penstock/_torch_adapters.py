@@ -15,8 +15,8 @@ from penstock._engine import Weights
 from penstock._engine_adapters import Adapters
 from penstock._engine_backward import Saved
 from penstock._torch_library import (
+    ADAPTED_BACKWARD,
     ADAPTERS,
-    BACKWARD,
     FORWARD,
     WEIGHTS,
     Group,
@@ -25,6 +25,7 @@ from penstock._torch_library import (
     operator,
 )
 from penstock._torch_ops import (
+    absent,
     differentiate_experts,
     fake_gradients,
     fake_output_and_h,
@@ -37,20 +38,35 @@ _DIFFERENTIABLE = 2 + len(Adapters._fields)  # of the arguments of `adapted_expe
 _ROWS = Group("Tensor x, Tensor scores", lambda *rows: rows)
 
 
+def _adapted_experts_fake(
+    rows: tuple[Tensor, Tensor], adapters: Adapters, weights: Weights, the_pass: Pass
+) -> tuple[Tensor, ...]:
+    x, routing = rows[0], the_pass.plan
+    num_rows = x.shape[0] if routing.dispatched else routing.row_to_token.shape[0]
+    keeps = the_pass.config.save != "nothing"
+    kept = (
+        x.new_empty((num_rows, rank)) if keeps and rank else absent(x) for rank in adapters.ranks
+    )
+    return *fake_output_and_h(x, weights.w2, the_pass), *kept
+
+
 @operator(
     "adapted_experts",
     Signature(_ROWS, ADAPTERS, WEIGHTS, FORWARD),
-    2,
-    lambda rows, adapters, weights, the_pass: fake_output_and_h(rows[0], weights.w2, the_pass),
+    4,
+    _adapted_experts_fake,
 )
 def adapted_experts(
     rows: tuple[Tensor, Tensor], adapters: Adapters, weights: Weights, the_pass: Pass
-) -> tuple[Tensor, Tensor]:
-    """Output (T, d) and H (R_cap, h), which has no elements unless save is preactivation."""
-    output, h = _engine_adapters.adapted_forward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output (T, d), H (R_cap, h), which has no elements unless save is preactivation, and the
+    adapters' rows (R_cap, r1) and (R_cap, r2), which have none without an adapter or where save is
+    nothing.
+    """
+    output, h, kept = _engine_adapters.adapted_forward(
         (*rows, weights), adapters, the_pass.plan, the_pass.config, the_pass.context
     )
-    return output, or_absent(h, rows[0])
+    return output, *(or_absent(tensor, rows[0]) for tensor in (h, *kept))
 
 
 def _adapted_experts_backward_fake(
@@ -61,7 +77,7 @@ def _adapted_experts_backward_fake(
 
 @operator(
     "adapted_experts_backward",
-    Signature(Group("Tensor d_output"), _ROWS, ADAPTERS, WEIGHTS, BACKWARD),
+    Signature(Group("Tensor d_output"), _ROWS, ADAPTERS, WEIGHTS, ADAPTED_BACKWARD),
     _DIFFERENTIABLE,
     _adapted_experts_backward_fake,
 )
@@ -76,7 +92,7 @@ def adapted_experts_backward(
     grads, adapter_grads = _engine_adapters.adapted_backward(
         rows_of_unit_stride(d_output),
         Saved(*rows, weights, the_pass.plan, the_pass.h, the_pass.config),
-        adapters,
+        (adapters, the_pass.rows),
         tuple(the_pass.wanted),
         the_pass.context,
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Defines the operators of the namespace `penstock` from groups of arguments.
 
-An operator's schema, and what the dispatcher hands to it, is a flat list: 22 arguments at most
+An operator's schema, and what the dispatcher hands to it, is a flat list: 27 arguments at most
 here. A Group names arguments that mean one thing, such as the six tensors of the weights, and says
 what an implementation gets in their place; a Signature is groups in a row. So no list of arguments
 is written twice, and a schema cannot disagree with how its arguments are put together again.
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from penstock._context import CallContext
 from penstock._engine import Config, Plan, Weights
-from penstock._engine_adapters import Adapters
+from penstock._engine_adapters import AdapterRows, Adapters
 from penstock._engine_route import RouterSpec
 
 _NAMESPACE = "penstock"
@@ -75,15 +75,22 @@ class Pass(NamedTuple):
     plan: Plan
     config: Config
     context: CallContext
-    h: Tensor | None = None  # (R_cap, h), in a backward pass under preactivation
-    wanted: list[bool] | None = None  # which gradients, in a backward pass
+    wanted: list[bool] | None = None  # which gradients, in a backward pass, as all that follow
+    h: Tensor | None = None  # (R_cap, h), under preactivation
+    rows: AdapterRows = AdapterRows()
 
     @staticmethod
     def join(*flat: Any) -> Pass:
-        """The pass of its arguments in the order of the schemas below."""
-        arrays, (*kept, top_k, config, clamp, context) = flat[:6], flat[6:]
-        unpacked = Config.unpack(config, clamp), CallContext.unpack(context)
-        return Pass(Plan(*arrays, top_k), *unpacked, *kept)
+        """The forward pass of its arguments in the order of the schemas below."""
+        arrays, (top_k, config, clamp, context) = flat[:6], flat[6:]
+        return Pass(Plan(*arrays, top_k), Config.unpack(config, clamp), CallContext.unpack(context))
+
+    @staticmethod
+    def join_backward(*flat: Any) -> Pass:
+        """The same of a backward pass: between plan and settings what is kept, and `wanted`."""
+        arrays, (h, *rows, wanted), settings = flat[:6], flat[6:-4], flat[-4:]
+        forward = Pass.join(*arrays, *settings)
+        return forward._replace(wanted=wanted, h=h, rows=AdapterRows(*rows))
 
 
 def _router(spec: str, numbers: list[float], context: str) -> tuple[RouterSpec, CallContext]:
@@ -103,8 +110,12 @@ WEIGHTS = Group(
 )
 ADAPTERS = Group("Tensor? up_a, Tensor? up_b, Tensor? down_a, Tensor? down_b", Adapters)
 FORWARD = Group(f"{_PLAN}, {_SETTINGS}", Pass.join)
-BACKWARD = Group(f"{_PLAN}, Tensor? h, bool[] wanted, {_SETTINGS}", Pass.join)
-BACKWARD_OVER_H = Group(f"{_PLAN}, Tensor(a!)? h, bool[] wanted, {_SETTINGS}", Pass.join)
+BACKWARD = Group(f"{_PLAN}, Tensor? h, bool[] wanted, {_SETTINGS}", Pass.join_backward)
+BACKWARD_OVER_H = Group(f"{_PLAN}, Tensor(a!)? h, bool[] wanted, {_SETTINGS}", Pass.join_backward)
+ADAPTED_BACKWARD = Group(
+    f"{_PLAN}, Tensor? h, Tensor? up_rows, Tensor? down_rows, bool[] wanted, {_SETTINGS}",
+    Pass.join_backward,
+)
 
 
 def operator(

@@ -273,10 +273,10 @@ experts_backward_over_h = operator(
 )(_experts_backward_over_h)
 
 
-def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.top_k, ctx.config, ctx.clamp, ctx.context = inputs
-    h = output[1] if Config.unpack(ctx.config, ctx.clamp).save == "preactivation" else None
-    ctx.save_for_backward(*tensors, h)
+    kept = (tensor if tensor.ndim == 2 else None for tensor in output[1:])  # absent ones have 1
+    ctx.save_for_backward(*tensors, *kept)
     ctx.set_materialize_grads(False)
 
 
@@ -288,7 +288,7 @@ def differentiate_experts(
     by_kept_h: the backward pass's operator for each Config.kept_h that `op` is called with.
     """
 
-    def backward(ctx: Any, d_output: Tensor | None, dh: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, d_output: Tensor | None, *of_kept: Tensor | None) -> tuple[Any, ...]:
         if d_output is None:
             return (None,) * len(ctx.needs_input_grad)
         config = Config.unpack(ctx.config, ctx.clamp)

@@ -76,7 +76,7 @@ def adapted_experts(
     from penstock import _torch_adapters
 
     context = "" if torch.compiler.is_compiling() else current().pack()
-    output, _ = _torch_adapters.adapted_experts(
+    output, *_ = _torch_adapters.adapted_experts(
         rows_of_unit_stride(x), routing.scores.contiguous(), *adapters, *weights, *plan,
         config.pack(), config.clamp, context,
     )  # fmt: skip

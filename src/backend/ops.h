@@ -127,12 +127,13 @@ struct CombineArgs {
   TensorView output;  // (T, d) out
 };
 
-// Rows scaled in place of a combine, for rows already dispatched: out_r = S_r * in_r.
+// Rows scaled by their scores, in place of a combine for rows already dispatched, and the thin rows
+// of an adapter: out_r = S_r * in_r.
 struct ScaleRowsArgs {
   RowGroups rows;
-  TensorView scores;  // (R_cap) or absent for 1
-  TensorView input;   // (R_cap, d)
-  TensorView output;  // (R_cap, d) out, may be input
+  TensorView scores;  // (slots or R_cap) or absent for 1
+  TensorView input;   // (R_cap, columns)
+  TensorView output;  // (R_cap, columns) out, may be input
 };
 
 // With G_r = dO_{token(r)} W2_e + low rank (never stored), A_r = act(H_r) unrounded and s = S of

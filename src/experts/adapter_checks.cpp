@@ -92,6 +92,31 @@ void check_adapters(const ExpertAdapters& adapters, const AdaptedProblem& proble
       check_factor(adapters.*factor.member, factor.name, factor, problem.experts);
 }
 
+void check_adapter_rows(const AdapterRows& rows, const AdaptedProblem& problem) {
+  const ExpertsProblem& experts = problem.experts;
+  struct Expected {
+    const TensorView& view;
+    std::string_view name;
+    std::string_view axes;
+    int64_t rank;
+  };
+  for (const Expected& expected :
+       {Expected{rows.up, "rows.up", "(R_cap, r1)", problem.up_rank},
+        Expected{rows.down, "rows.down", "(R_cap, r2)", problem.down_rank}}) {
+    if (experts.config.save == SavePolicy::nothing) {
+      check_absent(expected.view, expected.name, "save is nothing");
+    } else if (expected.rank == 0) {
+      check_absent(expected.view, expected.name, "the projection has no adapter");
+    } else {
+      check_tensor(expected.view, {expected.name,
+                                   expected.axes,
+                                   {experts.row_capacity, expected.rank},
+                                   {experts.dtype, "x"},
+                                   {experts.device, "x"}});
+    }
+  }
+}
+
 void check_adapter_grads(const ExpertAdapters& grads, const ExpertAdapters& adapters,
                          const AdaptedProblem& problem) {
   for (const Factor& factor : factors(problem)) {

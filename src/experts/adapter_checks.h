@@ -12,6 +12,7 @@ namespace penstock {
 void check_ranks(const AdaptedProblem& problem);
 AdaptedProblem adapted_problem_of(ExpertsProblem experts, const ExpertAdapters& adapters);
 void check_adapters(const ExpertAdapters& adapters, const AdaptedProblem& problem);
+void check_adapter_rows(const AdapterRows& rows, const AdaptedProblem& problem);
 void check_adapter_grads(const ExpertAdapters& grads, const ExpertAdapters& adapters,
                          const AdaptedProblem& problem);
 

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The backward pass of adapted experts. In order: U1 again, H again under SavePolicy::input, V2,
-// down_backward with its term, score_gradient, dA2 and dB2, V1, dA1 and dB1, up_backward with its
-// term, combine. With s = S_r, every gradient follows from what experts_backward computes anyway:
-//   V2_r = dO_t B2_e     dA2_e = sum_r V2_r^T (s A_r)      dB2_e = sum_r dO_t^T (s A_r A2_e^T)
+// The backward pass of adapted experts. In order: H again under SavePolicy::input, V2,
+// down_backward with its term, score_gradient, dA2, S U2, dB2, V1, dA1 and dB1, up_backward with
+// its term, combine. With s = S_r, every gradient follows from what experts_backward computes
+// anyway and from the thin rows U that forward left:
+//   V2_r = dO_t B2_e     dA2_e = sum_r V2_r^T (s A_r)      dB2_e = sum_r dO_t^T (s U2_r)
 //   V1_r = dH_r B1_e     dA1_e = sum_r V1_r^T X_t          dB1_e = sum_r dH_r^T U1_r
 // A launch whose every result is absent is left out.
 #include "backend/registry.h"
@@ -34,27 +35,24 @@ class AdaptedBackward {
   void place(const BackwardWorkspace& layout) {
     call_.place(layout);
     const auto [up_rank, down_rank] = problem_.adapter_ranks;
-    if (up_rank != 0) {
-      u1_ = call_.buffer(layout.u1, up_rank);
-      v1_ = call_.buffer(layout.v1, up_rank);
-    }
+    if (up_rank != 0) v1_ = call_.buffer(layout.v1, up_rank);
     if (down_rank != 0) {
-      u2_ = call_.buffer(layout.u2, down_rank);
+      scaled_u2_ = call_.buffer(layout.u2, down_rank);
       v2_ = call_.buffer(layout.v2, down_rank);
     }
   }
 
-  // U1, H again, V2, dH, A' and dS.
+  // H again, V2, dH, A' and dS.
   void down() {
-    const bool again = experts_.config.save == SavePolicy::input;
-    if (u1_.present() && (again || args_.grads.up_b.present()))
-      project(experts_.x, factor_of(args_.adapters.up_a), u1_);
     LowRankTerm up_term;
-    if (u1_.present()) up_term = {u1_, halves_of(args_.adapters.up_b, experts_.config).w};
+    if (v1_.present()) up_term = {args_.rows.up, halves_of(args_.adapters.up_b, experts_.config).w};
     const TensorView h = call_.preactivation(up_term);
     LowRankTerm down_term;
     if (v2_.present()) {
-      project(experts_.d_output, transposed(factor_of(args_.adapters.down_b)), v2_);
+      backend_.up_projection({call_.rows(), activation_of(experts_.config), experts_.d_output,
+                              single(transposed(factor_of(args_.adapters.down_b))), v2_,
+                              TensorView{}, call_.scratch()},
+                             context_);
       down_term = {v2_, {transposed(factor_of(args_.adapters.down_a))}};
     }
     call_.down(h, down_term);
@@ -65,13 +63,8 @@ class AdaptedBackward {
       gradient({v2_, RowAccess::direct}, {call_.a_scaled(), RowAccess::direct},
                single(factor_of(args_.grads.down_a)));
     if (!args_.grads.down_b.present()) return;
-    backend_.down_projection({call_.rows(),
-                              call_.a_scaled(),
-                              {factor_of(args_.adapters.down_a), {}},
-                              u2_,
-                              call_.scratch()},
-                             context_);
-    gradient({experts_.d_output, RowAccess::gathered}, {u2_, RowAccess::direct},
+    backend_.scale_rows({call_.rows(), experts_.scores, args_.rows.down, scaled_u2_}, context_);
+    gradient({experts_.d_output, RowAccess::gathered}, {scaled_u2_, RowAccess::direct},
              single(factor_of(args_.grads.down_b)));
   }
 
@@ -84,7 +77,7 @@ class AdaptedBackward {
       gradient({v1_, RowAccess::direct}, {experts_.x, RowAccess::gathered},
                single(factor_of(args_.grads.up_a)));
     if (args_.grads.up_b.present())
-      gradient({call_.dh(), RowAccess::direct}, {u1_, RowAccess::direct},
+      gradient({call_.dh(), RowAccess::direct}, {args_.rows.up, RowAccess::direct},
                halves_of(args_.grads.up_b, experts_.config));
   }
 
@@ -100,13 +93,6 @@ class AdaptedBackward {
     RowAccess access;
   };
 
-  // Rows of a token's tensor times a factor (outputs, inputs).
-  void project(const TensorView& tokens, const GroupedMatrix& factor, const TensorView& output) {
-    backend_.up_projection({call_.rows(), activation_of(experts_.config), tokens, single(factor),
-                            output, TensorView{}, call_.scratch()},
-                           context_);
-  }
-
   void gradient(const Side& left, const Side& right, const UpWeights& out) {
     backend_.weight_gradient(
         {call_.rows(), left.tensor, left.access, right.tensor, right.access, out.w, out.halves,
@@ -120,8 +106,7 @@ class AdaptedBackward {
   const Backend& backend_;
   const Context& context_;
   BackwardCall call_;
-  TensorView u1_;
-  TensorView u2_;
+  TensorView scaled_u2_;
   TensorView v1_;
   TensorView v2_;
 };
@@ -144,6 +129,8 @@ void check_adapter_aliases(const AdaptedBackwardArgs& args, int64_t workspace_by
   check.input(args.experts.h, "h");
   check.input(args.experts.weights.w1, "weights.w1");
   check.input(args.experts.weights.w2, "weights.w2");
+  check.input(args.rows.up, "rows.up");
+  check.input(args.rows.down, "rows.down");
   check.input(args.adapters.up_a, "adapters.up_a");
   check.input(args.adapters.up_b, "adapters.up_b");
   check.input(args.adapters.down_a, "adapters.down_a");
@@ -174,6 +161,7 @@ void adapted_experts_backward(const AdaptedBackwardArgs& args, const Context& co
   check_no_weight_gradients(args.experts.weight_grads);
   check_backward(args.experts, adapted.experts, BackwardPass::whole);
   check_adapters(args.adapters, adapted);
+  check_adapter_rows(args.rows, adapted);
   check_adapter_grads(args.grads, args.adapters, adapted);
   const ExpertsProblem problem = with_ranks(adapted);
   const Backend& backend = select_backend(problem, context);

@@ -14,10 +14,16 @@ namespace {
 
 void check_adapter_aliases(const AdaptedForwardArgs& args, int64_t workspace_bytes) {
   AliasCheck check;
+  check.input(args.experts.x, "x");
+  check.input(args.experts.scores, "scores");
+  check.input(args.experts.weights.w1, "weights.w1");
+  check.input(args.experts.weights.w2, "weights.w2");
   check.input(args.adapters.up_a, "adapters.up_a");
   check.input(args.adapters.up_b, "adapters.up_b");
   check.input(args.adapters.down_a, "adapters.down_a");
   check.input(args.adapters.down_b, "adapters.down_b");
+  check.output(args.rows.up, "rows.up");
+  check.output(args.rows.down, "rows.down");
   check.output(args.experts.h, "h");
   check.output(args.experts.output, "output");
   check.workspace(args.experts.workspace, workspace_bytes);
@@ -38,6 +44,7 @@ void adapted_experts_forward(const AdaptedForwardArgs& args, const Context& cont
   const AdaptedProblem adapted = adapted_problem_of(problem_of(experts), args.adapters);
   check_forward(experts, adapted.experts);
   check_adapters(args.adapters, adapted);
+  check_adapter_rows(args.rows, adapted);
   const ExpertsProblem problem = with_ranks(adapted);
   const Backend& backend = select_backend(problem, context);
   const ForwardWorkspace layout = plan_forward(problem, backend, context);
@@ -45,7 +52,7 @@ void adapted_experts_forward(const AdaptedForwardArgs& args, const Context& cont
   check_aliases(experts, layout.bytes);
   check_adapter_aliases(args, layout.bytes);
 
-  launch_forward(experts, args.adapters, problem, backend, layout, context);
+  launch_forward(args, problem, backend, layout, context);
 }
 
 }  // namespace penstock

@@ -22,7 +22,7 @@ void experts_forward(const ExpertsForwardArgs& args, const Context& context) {
   check_workspace(args.workspace, layout.bytes, "forward_workspace_bytes");
   check_aliases(args, layout.bytes);
 
-  launch_forward(args, {}, problem, backend, layout, context);
+  launch_forward({args, {}, {}}, problem, backend, layout, context);
 }
 
 }  // namespace penstock

@@ -3,7 +3,7 @@
 // (U1), up_projection (H stored under SavePolicy::preactivation, A always), (U2), down_projection,
 // combine, the latter two for each block of columns. Dispatched rows: Y goes to the output and is
 // scaled there. U1 and U2 are the thin rows of adapters, whose products are up and down projections
-// of rank outputs.
+// of rank outputs; they go where the caller keeps them, or to the workspace.
 #include "experts/forward_launches.h"
 
 #include <algorithm>
@@ -14,9 +14,11 @@
 
 namespace penstock {
 
-void launch_forward(const ExpertsForwardArgs& args, const ExpertAdapters& adapters,
-                    const ExpertsProblem& problem, const Backend& backend,
-                    const ForwardWorkspace& layout, const Context& context) {
+void launch_forward(const AdaptedForwardArgs& adapted, const ExpertsProblem& problem,
+                    const Backend& backend, const ForwardWorkspace& layout,
+                    const Context& context) {
+  const ExpertsForwardArgs& args = adapted.experts;
+  const ExpertAdapters& adapters = adapted.adapters;
   const RowGroups rows = row_groups_of(args.plan, problem);
   const Workspace scratch = part_of(args.workspace, layout.scratch);
   const ActivationSpec activation = activation_of(args.config);
@@ -24,11 +26,13 @@ void launch_forward(const ExpertsForwardArgs& args, const ExpertAdapters& adapte
   const auto buffer = [&](const Buffer& place, int64_t width) {
     return row_view(address_of(args.workspace, place), width, problem);
   };
+  const bool keeps = args.config.save != SavePolicy::nothing;
   const TensorView a = buffer(layout.a, problem.intermediate_size);
 
   LowRankTerm up_term;
   if (up_rank != 0) {
-    up_term = {buffer(layout.u1, up_rank), halves_of(adapters.up_b, args.config).w};
+    up_term = {keeps ? adapted.rows.up : buffer(layout.u1, up_rank),
+               halves_of(adapters.up_b, args.config).w};
     backend.up_projection({rows, activation, args.x, single(factor_of(adapters.up_a)), up_term.rows,
                            TensorView{}, scratch},
                           context);
@@ -38,7 +42,8 @@ void launch_forward(const ExpertsForwardArgs& args, const ExpertAdapters& adapte
                         context);
   LowRankTerm down_term;
   if (down_rank != 0) {
-    down_term = {buffer(layout.u2, down_rank), {factor_of(adapters.down_b)}};
+    down_term = {keeps ? adapted.rows.down : buffer(layout.u2, down_rank),
+                 {factor_of(adapters.down_b)}};
     backend.down_projection({rows, a, {factor_of(adapters.down_a), {}}, down_term.rows, scratch},
                             context);
   }

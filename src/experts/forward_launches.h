@@ -10,8 +10,7 @@
 namespace penstock {
 
 // problem: with the adapters' ranks, 0 where there is none; layout: plan_forward's of the problem.
-void launch_forward(const ExpertsForwardArgs& args, const ExpertAdapters& adapters,
-                    const ExpertsProblem& problem, const Backend& backend,
-                    const ForwardWorkspace& layout, const Context& context);
+void launch_forward(const AdaptedForwardArgs& adapted, const ExpertsProblem& problem,
+                    const Backend& backend, const ForwardWorkspace& layout, const Context& context);
 
 }  // namespace penstock

@@ -14,7 +14,6 @@ namespace {
 // Launches in order; a buffer is alive from `first` to `last`, both included.
 enum ForwardLaunch : int { kUpFactor, kUpProjection, kDownFactor, kDownProjection, kCombine };
 enum BackwardLaunch : int {
-  kUpFactorAgain,
   kRecompute,
   kDownFactorGradient,
   kDownBackward,
@@ -100,8 +99,10 @@ ForwardWorkspace plan_forward(const ExpertsProblem& problem, const Backend& back
   if (!dispatched(problem))
     plan.y.bytes = rows_bytes(problem, columns_at_a_time(problem), problem.dtype);
   const auto [up_rank, down_rank] = problem.adapter_ranks;
-  plan.u1.bytes = rows_bytes(problem, up_rank, problem.dtype);
-  plan.u2.bytes = rows_bytes(problem, down_rank, problem.dtype);
+  if (problem.config.save == SavePolicy::nothing) {
+    plan.u1.bytes = rows_bytes(problem, up_rank, problem.dtype);
+    plan.u2.bytes = rows_bytes(problem, down_rank, problem.dtype);
+  }
   plan.scratch.bytes = scratch_of(problem, backend, context);
   plan.bytes = place({{&plan.a, kUpProjection, kDownProjection},
                       {&plan.y, kDownProjection, kCombine},
@@ -127,17 +128,16 @@ BackwardWorkspace plan_backward(const ExpertsProblem& problem, BackwardPass pass
       plan.dx_rows.bytes = rows_bytes(problem, columns_at_a_time(problem), problem.dtype);
   }
   const auto [up_rank, down_rank] = problem.adapter_ranks;
-  plan.u1.bytes = plan.v1.bytes = rows_bytes(problem, up_rank, problem.dtype);
+  plan.v1.bytes = rows_bytes(problem, up_rank, problem.dtype);
   plan.u2.bytes = plan.v2.bytes = rows_bytes(problem, down_rank, problem.dtype);
   plan.bytes = place({{&plan.dh, kRecompute, kUpWeightGradient},
                       {&plan.a_scaled, kDownBackward, kDownWeightGradient},
                       {&plan.partials, kDownBackward, kScoreGradient},
                       {&plan.dx_rows, kUpBackward, kCombineGradient},
-                      {&plan.u1, kUpFactorAgain, kUpAdapterGradients},
                       {&plan.u2, kDownWeightGradient, kDownWeightGradient},
                       {&plan.v1, kUpFactorGradient, kUpBackward},
                       {&plan.v2, kDownFactorGradient, kDownWeightGradient},
-                      {&plan.scratch, kUpFactorAgain, kUpWeightGradient}});
+                      {&plan.scratch, kRecompute, kUpWeightGradient}});
   return plan;
 }
 

@@ -5,14 +5,15 @@
 // the problem and the backend, so the query and the call agree to the byte.
 //
 //   launch          forward: U1, up_projection, U2, down_projection, combine
-//                   backward: U1, recompute H, V2, down_backward, score_gradient, dW2 and db2 (of
-//                             adapters: dA2 and dB2), V1, dA1 and dB1, up_backward, combine,
+//                   backward: recompute H, V2, down_backward, score_gradient, dW2 and db2 (of
+//                             adapters: dA2, S U2 and dB2), V1, dA1 and dB1, up_backward, combine,
 //                             dW1 and db1
 //   H and dH        one buffer: down_backward writes dH over H, element by element; that of the
 //                   kept H, where the pass may overwrite it
 //   dX~             over A' and the partial sums, which are dead by then
 //   Y and dX~       whole, or one block of columns where the order is low_memory
-//   U and V         thin rows of adapters of rank r1 and r2 (experts/adapter_views.h), else empty
+//   U and V         thin rows of adapters of rank r1 and r2 (experts/adapter_views.h), else empty;
+//                   U only in inference, else they are the caller's
 //   scratch         the backend's own, counted once as the largest of its operations
 #pragma once
 
@@ -41,7 +42,6 @@ struct BackwardWorkspace {
   Buffer a_scaled;  // (R_cap, n)   likewise
   Buffer partials;  // (R_cap, P)   accumulator type
   Buffer dx_rows;   // (R_cap, d or fewer)  empty when dispatched: dX~ is dX
-  Buffer u1;        // (R_cap, r1)
   Buffer u2;        // (R_cap, r2)  S_r U2_r
   Buffer v1;        // (R_cap, r1)
   Buffer v2;        // (R_cap, r2)

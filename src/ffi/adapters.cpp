@@ -9,10 +9,11 @@
 namespace penstock::binding {
 namespace {
 
-constexpr std::array<std::string_view, 8> kAdapters = {
-    "adapters.up_a", "adapters.up_b", "adapters.down_a", "adapters.down_b",
-    "grads.up_a",    "grads.up_b",    "grads.down_a",    "grads.down_b"};
+constexpr std::array<std::string_view, 10> kAdapters = {
+    "adapters.up_a", "adapters.up_b", "adapters.down_a", "adapters.down_b", "grads.up_a",
+    "grads.up_b",    "grads.down_a",  "grads.down_b",    "rows.up",         "rows.down"};
 constexpr size_t kGrads = 4;  // where the gradients begin
+constexpr size_t kRows = 8;   // where the thin rows begin
 
 ExpertAdapters adapters_of(const Group& group, size_t first) {
   return {.up_a = group[first],
@@ -21,13 +22,16 @@ ExpertAdapters adapters_of(const Group& group, size_t first) {
           .down_b = group[first + 3]};
 }
 
+AdapterRows rows_of(const Group& group) { return {group[kRows], group[kRows + 1]}; }
+
 void forward(CallContext call, Config config, Tensors tensors, Tensors weights, Plan plan,
              Tensors adapters) {
   guarded([&] {
     const Scope scope(call);
     const Group factors(adapters, kAdapters, scope.uint16_as());
     adapted_experts_forward({.experts = forward_args_of(config, tensors, weights, plan, scope),
-                             .adapters = adapters_of(factors, 0)},
+                             .adapters = adapters_of(factors, 0),
+                             .rows = rows_of(factors)},
                             scope.context());
   });
 }
@@ -39,6 +43,7 @@ void backward(CallContext call, Config config, Tensors tensors, Tensors weights,
     const Group factors(adapters, kAdapters, scope.uint16_as());
     adapted_experts_backward({.experts = backward_args_of(config, tensors, weights, plan, scope),
                               .adapters = adapters_of(factors, 0),
+                              .rows = rows_of(factors),
                               .grads = adapters_of(factors, kGrads)},
                              scope.context());
   });

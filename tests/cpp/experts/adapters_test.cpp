@@ -73,12 +73,12 @@ class AdaptedLayer {
   }
 
   AdaptedForwardArgs forward_args() {
-    AdaptedForwardArgs args{adapted.forward_args, factors()};
+    AdaptedForwardArgs args{adapted.forward_args, factors(), rows()};
     args.experts.workspace = {workspace_.data(), workspace_.bytes()};
     return args;
   }
   AdaptedBackwardArgs backward_args() {
-    AdaptedBackwardArgs args{adapted.backward_args, factors(), grads()};
+    AdaptedBackwardArgs args{adapted.backward_args, factors(), rows(), grads()};
     args.experts.weight_grads = {};
     args.experts.workspace = {backward_workspace_.data(), backward_workspace_.bytes()};
     return args;
@@ -87,6 +87,7 @@ class AdaptedLayer {
   ExpertAdapters factors() const {
     return {up_a.value.view(), up_b.value.view(), down_a.value.view(), down_b.value.view()};
   }
+  AdapterRows rows() const { return {up_rows.view(), down_rows.view()}; }
   ExpertAdapters grads() const {
     return {up_a.grad.view(), up_b.grad.view(), down_a.grad.view(), down_b.grad.view()};
   }
@@ -102,6 +103,7 @@ class AdaptedLayer {
   LayerCall adapted;
   LayerCall merged;
   Factor up_a, up_b, down_a, down_b;
+  Tensor up_rows, down_rows;
 
  private:
   AdaptedLayer(const Form& form, const LayerForm& sizes, Random random)
@@ -112,7 +114,9 @@ class AdaptedLayer {
         up_b(sizes.dtype,
              {sizes.num_experts, sizes.config.halves() * sizes.intermediate_size, kUpRank}, random),
         down_a(sizes.dtype, {sizes.num_experts, kDownRank, sizes.intermediate_size}, random),
-        down_b(sizes.dtype, {sizes.num_experts, sizes.hidden_size, kDownRank}, random) {}
+        down_b(sizes.dtype, {sizes.num_experts, sizes.hidden_size, kDownRank}, random),
+        up_rows(sizes.dtype, {problem_of(adapted.forward_args).row_capacity, kUpRank}),
+        down_rows(sizes.dtype, {problem_of(adapted.forward_args).row_capacity, kDownRank}) {}
 
   static LayerForm layer_form(const Form& form) {
     LayerForm layer;
@@ -176,6 +180,8 @@ TEST_P(AdaptersTest, EqualsMergedWeightsExactly) {
   expect_factor_grads(layer.down_a, layer.down_b, grads.w2);
   for (const Factor* factor : {&layer.up_a, &layer.up_b, &layer.down_a, &layer.down_b})
     EXPECT_TRUE(factor->grad.block().guards_intact());
+  EXPECT_TRUE(layer.up_rows.block().guards_intact());
+  EXPECT_TRUE(layer.down_rows.block().guards_intact());
 }
 
 INSTANTIATE_TEST_SUITE_P(All, AdaptersTest, testing::ValuesIn(forms()));
@@ -219,6 +225,25 @@ TEST_F(AdaptersRefusal, AbsentOrUnequalFactors) {
                  {"adapters.down_b", "(E, d, r2)"});
 }
 
+TEST_F(AdaptersRefusal, RowsAbsentOrTooMany) {
+  AdaptedForwardArgs forward = layer_.forward_args();
+  forward.rows.up = {};
+  expect_invalid([&] { adapted_experts_forward(forward, context()); }, {"rows.up"});
+  forward = layer_.forward_args();
+  forward.experts.config.save = SavePolicy::nothing;
+  forward.experts.h = {};
+  expect_invalid([&] { adapted_experts_forward(forward, context()); },
+                 {"rows.up", "save is nothing"});
+  AdaptedBackwardArgs backward = layer_.backward_args();
+  backward.rows.down = layer_.up_rows.view();
+  expect_invalid([&] { adapted_experts_backward(backward, context()); },
+                 {"rows.down", "(R_cap, r2)"});
+  backward = layer_.backward_args();
+  backward.adapters.down_a = backward.adapters.down_b = {};
+  expect_invalid([&] { adapted_experts_backward(backward, context()); },
+                 {"rows.down", "no adapter"});
+}
+
 TEST_F(AdaptersRefusal, GradientsOfFrozenWeightsAndSharedMemory) {
   AdaptedBackwardArgs args = layer_.backward_args();
   args.experts.weight_grads = layer_.adapted.backward_args.weight_grads;
@@ -227,6 +252,9 @@ TEST_F(AdaptersRefusal, GradientsOfFrozenWeightsAndSharedMemory) {
   args.grads.up_a = args.adapters.up_a;
   expect_invalid([&] { adapted_experts_backward(args, context()); },
                  {"grads.up_a", "adapters.up_a"});
+  AdaptedForwardArgs forward = layer_.forward_args();
+  forward.rows.down.data = forward.experts.x.data;
+  expect_invalid([&] { adapted_experts_forward(forward, context()); }, {"rows.down", "x"});
 }
 
 }  // namespace

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, kInFlight > kFewRows ? 4 : 5)
 struct ScaleParams {
   const void* input;
   int64_t input_stride;
-  const float* scores;  // null: 1
+  const float* scores;         // null: 1
+  const int32_t* row_to_slot;  // null: scores are per row
   void* output;
   int64_t output_stride;
   const int32_t* expert_counts;
@@ -118,7 +119,8 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleParams 
     const int64_t column = (i % params.vectors) * kVector;
     const T* source = static_cast<const T*>(params.input) + row * params.input_stride + column;
     Float8 value = widen<T>(load_streaming(source));
-    const float score = params.scores == nullptr ? 1.0f : params.scores[row];
+    const int64_t slot = params.row_to_slot == nullptr ? row : params.row_to_slot[row];
+    const float score = params.scores == nullptr ? 1.0f : params.scores[slot];
 #pragma unroll
     for (int c = 0; c < kVector; ++c) value.v[c] *= score;
     T* target = static_cast<T*>(params.output) + row * params.output_stride + column;
@@ -162,6 +164,7 @@ void scale_rows(const ScaleRowsArgs& args, const Context& context) {
   params.input = args.input.data;
   params.input_stride = args.input.stride(0);
   params.scores = args.scores.as<float>();
+  params.row_to_slot = args.rows.row_to_slot.as<int32_t>();
   params.output = args.output.data;
   params.output_stride = args.output.stride(0);
   params.expert_counts = args.rows.expert_counts.as<int32_t>();

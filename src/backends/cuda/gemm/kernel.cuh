@@ -92,6 +92,16 @@ struct Position {
   typename G::TileList tiles;
 };
 
+// How many stages a tile's products take, and of the last one which steps.
+template <typename G>
+__device__ __forceinline__ auto depth_of(const typename G::Params& params, const Work& work) {
+  if constexpr (requires { G::Producer::last_steps(params.operands); }) {
+    return Depth<FirstSteps>{work.k_tiles, G::Producer::last_steps(params.operands)};
+  } else {
+    return Depth<AllSteps>{work.k_tiles, {}};
+  }
+}
+
 // The products of one tile and its epilogue, block by block.
 template <typename G>
 __device__ __forceinline__ void consume_tile(const typename G::Params& params,
@@ -120,13 +130,14 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
       return;
     }
   }
+  const auto depth = depth_of<G>(params, work);
   typename Main::Sums sums;
   if constexpr (G::Operand::kStages > 0) {
     static_assert(TileType::kBlocks == 1, "an operand's stage is read once");
     // What is needed early takes two loads, one after the other.
     const auto where = Epilogue::find(params.epilogue, work, place(0));
     typename Epilogue::Early early;
-    Main::template run<1>(sums, ring, state, self.group, work.k_tiles, [&] {
+    Main::template run<1>(sums, ring, state, self.group, depth, [&] {
       early = Epilogue::fetch(params.epilogue, where);
       tiles.look_ahead();
     });
@@ -135,9 +146,9 @@ __device__ __forceinline__ void consume_tile(const typename G::Params& params,
   } else {
     const auto look = [&] { tiles.look_ahead(); };
     if (TileType::kBlocks == 1 || rows <= 64) {
-      Main::template run<1>(sums, ring, state, self.group, work.k_tiles, look);
+      Main::template run<1>(sums, ring, state, self.group, depth, look);
     } else {
-      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, work.k_tiles, look);
+      Main::template run<TileType::kBlocks>(sums, ring, state, self.group, depth, look);
     }
 #pragma unroll
     for (int block = 0; block < TileType::kBlocks; ++block) {

@@ -2,10 +2,12 @@
 //
 // A producer of row products with one more segment behind the weights' k tiles: the thin rows of a
 // low-rank term (R_cap, rank) and its thin matrix an expert, both by TMA, which fills ranks that
-// end inside a stage with zeros on both sides. Consumers see a longer reduction and nothing else.
+// end inside a stage with zeros on both sides. Consumers see a longer reduction, and multiply of
+// its last stage what the rank reaches.
 #pragma once
 
 #include "backends/cuda/gemm/load_rows.cuh"
+#include "backends/cuda/gemm/multiply.cuh"
 
 namespace penstock::cuda {
 
@@ -22,6 +24,12 @@ struct WithLowRank {
   using Params = AdaptedRowOperands;
   using Tile = typename Base::Tile;
   using Weights = typename Base::Weights;
+
+  // The steps of the term's last stage that the rank reaches.
+  static __device__ FirstSteps last_steps(const Params& params) {
+    const int32_t rest = params.term.k_extent - (params.term.k_tiles - 1) * kTileK;
+    return {(rest + 15) / 16};
+  }
 
   template <typename Tiles, typename RingType, typename Operand>
   static __device__ void run(const Params& params, Tiles& tiles, const RingType& ring,
