@@ -3,7 +3,8 @@
 
 `gpu_bars.py FOLDER` reads every *.jsonl that `penstock bench --device cuda --json` wrote there. It
 only reports: a bar that is missed is a line with "no", never an exit status, since a card in
-another state gives other figures. Called by scripts/gpu_check.sh.
+another state gives other figures. Of a shape that ran more than once the first file's rows count:
+gpu-bf16.jsonl, where all peers take turns. Called by scripts/gpu_check.sh.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
     low_memory = [row for row in uniform if row.get("order") == "low_memory"]
     uniform = [row for row in uniform if row.get("order") != "low_memory"]
     found = _against_the_yardstick(uniform, bars)
-    ours = {row["shape"]["name"]: row for row in uniform if row["impl"] == OURS}
+    ours = {row["shape"]["name"]: row for row in reversed(uniform) if row["impl"] == OURS}
     for name, row in ours.items():
         found += _of_one_shape(name, row, bars)
     for row in whole:
@@ -83,7 +84,7 @@ def bars_of(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
 def _against_the_yardstick(rows: list[Row], bars: dict[str, Any]) -> list[Bar]:
     by_shape: dict[str, dict[str, Row]] = {}
     for row in rows:
-        by_shape.setdefault(row["shape"]["name"], {})[row["impl"]] = row
+        by_shape.setdefault(row["shape"]["name"], {}).setdefault(row["impl"], row)
     pairs = {
         name: (by_impl[OURS], by_impl[YARDSTICK])
         for name, by_impl in by_shape.items()

@@ -52,6 +52,15 @@ def test_figures_of_one_shape():
     assert bars["7B-n256 peak - gradients - O, MiB"].figure == pytest.approx(1024 - output)
 
 
+def test_of_a_shape_measured_twice_the_first_counts():
+    bars = found(
+        row("olmoe", "penstock", 12.0), row("olmoe", "cublas", 10.0),
+        row("olmoe", "penstock", 11.0, eager_total_ms=22.0), row("olmoe", "cublas", 10.0),
+    )  # fmt: skip
+    assert bars["olmoe step / cublas (SonicMoE's)"].figure == pytest.approx(1.2)
+    assert bars["olmoe eager / graph"].figure == pytest.approx(1.1)
+
+
 def test_uneven_loads_and_decoding():
     decoding = {"pass": "forward", "bound_ms": 0.1, "forward_ms": 0.15, "impl": "penstock"}
     decoding["shape"] = {**SHAPES["olmoe"], "T": 8, "name": "olmoe/T8"}
