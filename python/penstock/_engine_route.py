@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from penstock._arrays import arrays_of
+from penstock._arrays import arrays_of, is_torch
 from penstock._context import CallContext
 from penstock._engine import (
     Plan,
@@ -72,7 +72,8 @@ class RouterSpec(NamedTuple):
 class Routed(NamedTuple):
     """What a router writes. scores and ids: (T, K), or (slots) with token_offsets (T+1).
 
-    A router without a fixed K sorts its slots by expert as well: plan, None otherwise.
+    A router without a fixed K sorts its slots by expert as well: plan, else None. It is of use
+    while ids stay as they are, so there is none of NumPy arrays, which do not count writes.
     """
 
     scores: Any
@@ -101,7 +102,8 @@ def route(
     if not fixed:
         offsets = arrays.empty((num_tokens + 1,), "int32", logits)
         report = arrays.empty((REPORT_SIZE,), "int32", logits)
-        plan = empty_plan(ids, offsets, num_experts)
+        if is_torch(ids):
+            plan = empty_plan(ids, offsets, num_experts)
     scratch = _workspace(logits, spec, slots, context)
     tensors = pass_on(logits, logits, scores, ids, *steering, offsets, report, scratch)
     into = _NO_PLAN if plan is None else plan_arguments(plan)

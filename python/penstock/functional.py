@@ -125,8 +125,8 @@ def make_plan(routing: Routing, num_experts: int) -> Plan:
     in one token, is a ValueError; otherwise any id outside [0, E) skips its slot. A routing that
     carries its plan, for as many experts, gives that.
     """
-    if routing.plan is not None and routing.plan.expert_counts.shape[0] == num_experts:
-        return routing.plan
+    if routing.plan is not None and routing.plan.serves(routing, num_experts):
+        return routing.plan.plan
     if is_torch(routing.ids):
         return _operations().plan(routing, num_experts)
     shape = (routing.num_tokens, num_experts)

@@ -22,7 +22,7 @@ from penstock._context import current
 from penstock._engine_route import Routed, RouterSpec
 from penstock._sizes import tile_rows
 from penstock.errors import invalid
-from penstock.routing import Routing
+from penstock.routing import HandedPlan, Routing
 
 __all__ = [
     "MODES",
@@ -265,7 +265,8 @@ def _route(
         routing.top_k = spec.top_k
     else:
         routing.token_offsets, routing.report = routed.token_offsets, routed.report
-        routing.plan = routed.plan
+        if routed.plan is not None:
+            routing.plan = HandedPlan.of(routed.plan, routing.ids, routing.token_offsets)
     return routing
 
 

@@ -28,6 +28,41 @@ class RoutingReport(NamedTuple):
     rounded: int  # 1, or 0 where there are fewer tokens than a tile and nothing was rounded
 
 
+class HandedPlan(NamedTuple):
+    """A plan that a router made with its choice, and the torch tensors that it is the plan of."""
+
+    plan: Plan
+    ids: Any
+    token_offsets: Any
+    writes: tuple[int, int]  # that torch had counted into the two when the plan was made
+
+    @classmethod
+    def of(cls, plan: Plan, ids: Any, token_offsets: Any) -> HandedPlan | None:
+        """The plan of these tensors as they are now; None where torch does not say how often they
+        are written: of inference tensors, and to code that it compiles.
+        """
+        if _compiling() or ids.is_inference():
+            return None
+        return cls(plan, ids, token_offsets, (ids._version, token_offsets._version))
+
+    def serves(self, routing: Routing, num_experts: int) -> bool:
+        """Whether it is for num_experts, and the routing's tensors are those, not written since."""
+        ids, offsets = routing.ids, routing.token_offsets
+        return (
+            not _compiling()
+            and self.plan.expert_counts.shape[0] == num_experts
+            and ids is self.ids
+            and offsets is self.token_offsets
+            and (ids._version, offsets._version) == self.writes
+        )
+
+
+def _compiling() -> bool:
+    import torch
+
+    return torch.compiler.is_compiling()
+
+
 @dataclass
 class Routing:
     """Scores and ids of every slot, flat; also what a router tells of them.
@@ -39,7 +74,7 @@ class Routing:
     or past the last offset are padding and hold ids of -1.
     report: (5) int32 of a router without a fixed K, else None; see read_report.
     plan: what functional.plan makes of these ids and offsets, where the router has it already, else
-    None. Set it to None where you write into them.
+    None. It is not used once either is another tensor or has been written into.
     router: how the scores follow from the logits, where a router of penstock made them.
     """
 
@@ -50,7 +85,7 @@ class Routing:
     token_offsets: Any = None
     report: Any = None
     router: RouterSpec | None = None
-    plan: Plan | None = None
+    plan: HandedPlan | None = None
 
     @classmethod
     def from_topk(cls, scores: Any, ids: Any) -> Routing:

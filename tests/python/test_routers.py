@@ -155,24 +155,74 @@ def test_replay_gives_the_same_bits_and_gradients(row, kind):
     torch.testing.assert_close(*grads, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("row", CASES["routers"], ids=label)
-@pytest.mark.parametrize("form", [torch.from_numpy, np.asarray], ids=["torch", "numpy"])
-def test_a_routing_carries_the_plan_of_its_ids(row, form):
+def routing_of(row, form=torch.from_numpy):
     logits = np.random.default_rng(3).standard_normal((40, 12)).astype(np.float32)
     options = options_of(row["options"], 12, torch.float32)
     if "bias" in options:
         options["bias"] = form(options["bias"].numpy())
     if options.get("mode") == "SR-f":
         options["seed"] = 5
-    routing = functional.route(form(logits), 3, router=row["router"], **options)
-    assert (routing.plan is None) == routing.router.fixed_top_k()
+    return functional.route(form(logits), 3, router=row["router"], **options)
+
+
+def assert_plan_is_of(routing):
     built = functional.plan(replace(routing, plan=None), 12)
-    for carried, array in zip(functional.plan(routing, 12), built, strict=True):
-        assert np.array_equal(carried, array)
+    for array, other in zip(functional.plan(routing, 12), built, strict=True):
+        assert np.array_equal(array, other)
+
+
+@pytest.mark.parametrize("row", CASES["routers"], ids=label)
+def test_a_routing_carries_the_plan_of_its_ids(row):
+    routing = routing_of(row)
+    assert (routing.plan is None) == routing.router.fixed_top_k()
+    assert_plan_is_of(routing)
+    if routing.plan is not None:
+        assert functional.plan(routing, 12) is routing.plan.plan
     wider = functional.plan(routing, 13)  # of more experts than the router has
     assert wider.expert_counts[12] == 0 and len(wider.expert_offsets) == 14
-    replayed = routers.replay(form(-logits), routing)
+    replayed = routers.replay(torch.ones(40, 12), routing)
     assert replayed.plan is routing.plan
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in CASES["routers"] if row["router"] == "token_rounding"], ids=label
+)
+def test_a_plan_handed_over_is_not_used_for_other_ids(row):
+    def masked(routing):
+        return routing.ids.masked_fill(torch.arange(len(routing.ids)) % 3 == 0, -1)
+
+    replaced = routing_of(row)
+    assert_plan_is_of(replace(replaced, ids=masked(replaced)))
+    assigned = routing_of(row)
+    assigned.ids = masked(assigned)
+    assert_plan_is_of(assigned)
+    written = routing_of(row)
+    written.ids.copy_(masked(written))
+    assert_plan_is_of(written)
+    with torch.inference_mode():
+        assert routing_of(row).plan is None
+
+
+def test_numpy_arrays_do_not_tell_of_writes_and_get_no_plan():
+    row = next(row for row in CASES["routers"] if row["router"] == "token_rounding")
+    routing = routing_of(row, np.asarray)
+    assert routing.plan is None
+    assert_plan_is_of(routing)
+
+
+def test_compiled_code_makes_the_plan_of_what_it_is_given():
+    """In whole graphs, of a routing made inside and of one that carries its plan from outside."""
+    row = next(row for row in CASES["routers"] if row["router"] == "token_rounding")
+    routing = routing_of(row)
+
+    def planned(logits):
+        chosen = routers.token_rounding(logits, 2, tile=8)
+        return *functional.plan(chosen, 12)[:5], *functional.plan(routing, 12)[:5]
+
+    logits = torch.randn(40, 12, generator=torch.Generator().manual_seed(2))
+    compiled = torch.compile(planned, fullgraph=True, backend="aot_eager")(logits)
+    for got, want in zip(compiled, planned(logits), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("row", CASES["routers"], ids=label)
