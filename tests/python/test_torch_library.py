@@ -12,6 +12,7 @@ import penstock
 from penstock import _torch_library, _torch_ops, functional
 from penstock._context import CallContext
 from penstock._engine import Config, Plan, Weights
+from penstock._engine_adapters import AdapterRows
 from penstock._torch_library import Group, Pass, Signature
 
 FIRST_STEP = """
@@ -50,14 +51,20 @@ def test_a_pass_is_put_together_in_the_order_of_its_schema():
     plan = Plan(*arrays, 2)
     assert Pass.join(*arrays, *settings) == Pass(plan, config, context)
     wanted = [True, False]
-    backward = Pass.join(*arrays, "h", wanted, *settings)
-    assert backward == Pass(plan, config, context, "h", wanted)
-    names = [argument.split()[1] for argument in _torch_library.BACKWARD.schema.split(", ")]
-    assert names == [
-        *Plan._fields[:6], "h", "wanted", "top_k", "config", "clamp", "context",
+    backward = Pass.join_backward(*arrays, "h", wanted, *settings)
+    assert backward == Pass(plan, config, context, wanted, "h")
+    adapted = Pass.join_backward(*arrays, "h", "u1", "u2", wanted, *settings)
+    assert adapted == Pass(plan, config, context, wanted, "h", AdapterRows("u1", "u2"))
+
+    def names(group):
+        return [argument.split()[1] for argument in group.schema.split(", ")]
+
+    behind = ["top_k", "config", "clamp", "context"]
+    assert names(_torch_library.BACKWARD) == [*Plan._fields[:6], "h", "wanted", *behind]
+    assert names(_torch_library.ADAPTED_BACKWARD) == [
+        *Plan._fields[:6], "h", "up_rows", "down_rows", "wanted", *behind,
     ]  # fmt: skip
-    weights = [argument.split()[1] for argument in _torch_library.WEIGHTS.schema.split(", ")]
-    assert weights == list(Weights._fields)
+    assert names(_torch_library.WEIGHTS) == list(Weights._fields)
 
 
 @pytest.mark.parametrize("torch_has_marks", [True, False], ids=["marked", "without marks"])
