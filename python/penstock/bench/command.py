@@ -251,6 +251,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--repeats: got {args.repeats}, expected 1 or more")
     if args.threads < 0:
         raise ValueError(f"--threads: got {args.threads}, expected 0 (all cores) or more")
+    if args.backend == "torch":
+        raise ValueError(
+            "--backend: got 'torch', expected one of the engine's, whose workspaces and launches "
+            "the rows tell of. Torch's products are timed as --peers penstock,torch-grouped"
+        )
 
 
 def _check_gpu(args: argparse.Namespace) -> None:

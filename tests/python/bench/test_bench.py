@@ -45,6 +45,7 @@ def test_bad_shapes_are_refused(text):
 @pytest.mark.parametrize(
     "options",
     [("--shape", "x"), ("--device", "tpu"), ("--repeats", "0"), ("--threads", "-1"),
+     ("--backend", "torch"),
      ("--peers", "x"), ("--backend", "no-such", "--shape", "8,8,8,2,1", "--repeats", "1")],
 )  # fmt: skip
 def test_bad_options_are_refused(options, capsys):
