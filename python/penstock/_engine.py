@@ -83,6 +83,10 @@ class Plan(NamedTuple):
         """Whether the rows come sorted by expert already, so that there are no maps."""
         return self.row_to_token is None
 
+    def row_capacity(self, num_tokens: int) -> int:
+        """R_cap, for x of num_tokens rows: those of x where they are already dispatched."""
+        return num_tokens if self.dispatched else self.row_to_token.shape[0]
+
 
 class Problem(NamedTuple):
     """What sizes depend on, in the order in which the library takes it."""
@@ -137,7 +141,7 @@ def problem_of(x: Any, weights: Weights, plan: Plan, config: Config) -> Problem:
         weights.w2.shape[2 if config.weight_order == "output_major" else 1],
         weights.w1.shape[0],
         0 if plan.dispatched else plan.slot_to_row.shape[0],
-        num_tokens if plan.dispatched else plan.row_to_token.shape[0],
+        plan.row_capacity(num_tokens),
         arrays.dtype_name(x),
         *arrays.device(x),
         "dispatched" if plan.dispatched else "routed",

@@ -41,8 +41,8 @@ _ROWS = Group("Tensor x, Tensor scores", lambda *rows: rows)
 def _adapted_experts_fake(
     rows: tuple[Tensor, Tensor], adapters: Adapters, weights: Weights, the_pass: Pass
 ) -> tuple[Tensor, ...]:
-    x, routing = rows[0], the_pass.plan
-    num_rows = x.shape[0] if routing.dispatched else routing.row_to_token.shape[0]
+    x = rows[0]
+    num_rows = the_pass.plan.row_capacity(x.shape[0])
     keeps = the_pass.config.save != "nothing"
     kept = (
         x.new_empty((num_rows, rank)) if keeps and rank else absent(x) for rank in adapters.ranks

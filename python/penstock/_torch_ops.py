@@ -193,8 +193,7 @@ def fake_output_and_h(x: Tensor, w2: Tensor, the_pass: Pass) -> tuple[Tensor, Te
     if config.save != "preactivation":
         return output, absent(x)
     n = w2.shape[2 if config.weight_order == "output_major" else 1]
-    rows = x.shape[0] if routing.dispatched else routing.row_to_token.shape[0]
-    return output, x.new_empty((rows, config.halves * n))
+    return output, x.new_empty((routing.row_capacity(x.shape[0]), config.halves * n))
 
 
 def fake_gradients(inputs: Sequence[Tensor | None], wanted: list[bool]) -> tuple[Tensor, ...]:
